@@ -1,0 +1,1 @@
+"""The public face of the client; filled lazily so that importing it stays light."""

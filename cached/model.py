@@ -1,0 +1,381 @@
+"""The words of the house as types: refs, revisions, blobs, manifests, claims, holders, errors.
+
+Owns the meaning of every record that crosses from one room to another, and the formulas of
+identity. Imports nothing but the standard library; does no I/O, keeps no state, reads no clock.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NewType
+
+Ref = NewType("Ref", str)
+"""What a person writes: ``https://host/dir/``, ``file:///dir``."""
+RevisionKey = NewType("RevisionKey", str)
+"""64 lower-case hex digits; what a ref resolved to, immutable."""
+ArtifactId = NewType("ArtifactId", str)
+"""``sha256:`` and 64 lower-case hex digits."""
+Digest = NewType("Digest", str)
+"""64 lower-case hex digits of a sha256."""
+ClaimId = NewType("ClaimId", str)
+Device = NewType("Device", str)
+"""``disk``, ``host`` or ``cuda:<uuid>``."""
+
+DISK = Device("disk")
+HOST = Device("host")
+
+CHUNK_BYTES = 16 * 1024 * 1024
+"""A blob is proven in memory by the xxh3_128 of each piece of this size."""
+MAX_FILES = 10_000
+MAX_REF_CHARS = 2048
+MAX_PATH_CHARS = 512
+MAX_TTL_S = 7 * 24 * 3600
+
+
+# --- errors ---------------------------------------------------------------------------------
+
+
+class ErrorKind(enum.Enum):
+    """What went wrong, as far as a caller can act on it; each is one gRPC status and exit code."""
+
+    FAILED = "failed"
+    UNAVAILABLE = "unavailable"
+    INVALID = "invalid"
+    NOT_FOUND = "not_found"
+    DATA_LOSS = "data_loss"
+    NO_ROOM = "no_room"
+    DENIED = "denied"
+    DEADLINE = "deadline"
+    PRECONDITION = "precondition"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One error as a value: what, where, and how to mend it.
+
+    ``reason`` is a stable SCREAMING_SNAKE word for programs; ``message`` says what and where;
+    ``hint`` says how to mend it. ``retry_after_s`` is None for a permanent error, else the
+    seconds after which trying again can help.
+    """
+
+    kind: ErrorKind
+    reason: str
+    message: str
+    hint: str
+    retry_after_s: float | None = None
+
+    @property
+    def temporary(self) -> bool:
+        return self.retry_after_s is not None
+
+
+class CachedError(Exception):
+    """A problem on its way to whoever can act on it."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
+def permanent(kind: ErrorKind, reason: str, message: str, hint: str) -> CachedError:
+    """An error that trying again cannot mend."""
+    return CachedError(Problem(kind, reason, message, hint))
+
+
+def temporary(
+    reason: str,
+    message: str,
+    hint: str,
+    retry_after_s: float,
+    kind: ErrorKind = ErrorKind.UNAVAILABLE,
+) -> CachedError:
+    """An error that may be gone after ``retry_after_s`` seconds."""
+    return CachedError(Problem(kind, reason, message, hint, retry_after_s))
+
+
+# --- content --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FileSpec:
+    """One file as its origin lists it. ``version`` is whatever else tells contents apart (ETag, mtime)."""
+
+    path: str
+    size_bytes: int
+    sha256: Digest | None
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """What a ref resolved to: files in path order, and the key that names exactly these."""
+
+    ref: Ref
+    key: RevisionKey
+    files: tuple[FileSpec, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(f.size_bytes for f in self.files)
+
+    @property
+    def attested(self) -> bool:
+        """Whether the origin vouched for every file's content."""
+        return all(f.sha256 is not None for f in self.files)
+
+    def content_key(self, index: int) -> str:
+        """What file ``index`` is counted under: its digest, or a name of its own until it has one."""
+        spec = self.files[index]
+        return spec.sha256 if spec.sha256 is not None else f"{self.key}/{index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """One content: its sha256, its size, and the xxh3_128 (32 hex digits) of each CHUNK_BYTES."""
+
+    sha256: Digest
+    size_bytes: int
+    chunks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestFile:
+    path: str
+    blob: Blob
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Where one tensor lies: ``offset_bytes`` counts from the start of ``files[file]``.
+
+    ``dtype`` is the safetensors name (``F32``, ``BF16``, ``F8_E4M3``, …), ``shape`` in elements.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: int
+    offset_bytes: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What fetching a revision made. ``artifacts/<hex>.json`` and a handoff's index are this, as JSON."""
+
+    id: ArtifactId
+    ref: Ref
+    revision: RevisionKey
+    attested: bool
+    files: tuple[ManifestFile, ...]
+    tensors: tuple[Tensor, ...]
+
+    def distinct_blobs(self) -> tuple[Blob, ...]:
+        """Each content once, in order of first appearance: the order of a handoff's descriptors."""
+        return tuple({f.blob.sha256: f.blob for f in self.files}.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """What the planner knows of a manifest: the id, and each distinct content with its size."""
+
+    id: ArtifactId
+    blobs: tuple[tuple[Digest, int], ...]
+    last_used_at: float = 0.0
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(size for _, size in self.blobs)
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A resolution that led to a proven artifact: lets a warm acquire do without its origin."""
+
+    ref: Ref
+    revision: RevisionKey
+    artifact: ArtifactId
+    attested: bool
+    resolved_at: float
+
+
+def artifact_id(files: Iterable[tuple[str, int, str]]) -> ArtifactId:
+    """The id over (path, size in bytes, sha256) of every file, in any order."""
+    lines = sorted(f"{path}\0{size}\0{sha256}\n" for path, size, sha256 in files)
+    return ArtifactId("sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest())
+
+
+def revision_key(ref: Ref, files: Iterable[FileSpec]) -> RevisionKey:
+    """The key of exactly these files from this ref."""
+    body = [ref, *sorted([f.path, str(f.size_bytes), f.sha256 or "", f.version] for f in files)]
+    return RevisionKey(hashlib.sha256(json.dumps(body).encode()).hexdigest())
+
+
+_ARTIFACT_ID = re.compile(r"sha256:[0-9a-f]{64}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def is_artifact_id(text: str) -> bool:
+    return _ARTIFACT_ID.fullmatch(text) is not None
+
+
+def is_digest(text: str) -> bool:
+    return _DIGEST.fullmatch(text) is not None
+
+
+def parse_ref(text: str) -> Ref:
+    """A ref as a person wrote it, checked for form only.
+
+    Raises CachedError (INVALID) naming what is wrong. A ``file://`` ref and a ref that
+    names a directory lose a trailing slash's ambiguity: directories always end in one.
+    """
+    scheme, separator, rest = text.partition("://")
+    if not text or len(text) > MAX_REF_CHARS or not text.isprintable() or " " in text:
+        raise _bad_ref(text, f"a ref has 1 to {MAX_REF_CHARS} printable characters and no spaces")
+    if not separator or scheme not in ("file", "http", "https"):
+        raise _bad_ref(text, "its scheme is none of file, http, https")
+    if not rest or (scheme == "file" and not rest.startswith("/")) or rest.startswith("/") != (scheme == "file"):
+        raise _bad_ref(text, "it names no directory")
+    if "?" in rest or "#" in rest:
+        raise _bad_ref(text, "a query or fragment is not part of a directory's address")
+    if ".." in rest.split("/"):
+        raise _bad_ref(text, "it climbs out of a directory with '..'")
+    return Ref(text.rstrip("/") + "/")
+
+
+def _bad_ref(text: str, why: str) -> CachedError:
+    shown = text if len(text) <= 80 else text[:77] + "..."
+    return permanent(
+        ErrorKind.INVALID,
+        "BAD_REF",
+        f"{shown!r} is not a ref: {why}",
+        "write file:///dir, http://host/dir/ or https://host/dir/",
+    )
+
+
+def parse_device(text: str) -> Device:
+    """``disk`` (also for the empty string), ``host`` or ``cuda:<uuid>``. Raises CachedError (INVALID)."""
+    if text in ("", "disk"):
+        return DISK
+    if text == "host" or re.fullmatch(r"cuda:[A-Za-z0-9-]{1,64}", text):
+        return Device(text)
+    raise permanent(
+        ErrorKind.INVALID, "BAD_DEVICE", f"{text!r} is not a device", "use disk, host or cuda:<uuid>"
+    )
+
+
+def check_relative_path(path: str) -> None:
+    """Refuse a file name that is absolute, climbs, hides or cannot be a name. Raises CachedError (INVALID)."""
+    parts = path.split("/")
+    if (
+        not path
+        or len(path) > MAX_PATH_CHARS
+        or not path.isprintable()
+        or any(p in ("", ".", "..") or len(p.encode()) > 255 for p in parts)
+    ):
+        raise permanent(
+            ErrorKind.INVALID,
+            "UNSAFE_PATH",
+            f"the origin names a file {path[:120]!r}, which could leave its folder or cannot be written",
+            "mend the origin's listing; file names are relative, without '.', '..' or empty parts",
+        )
+
+
+# --- claims ---------------------------------------------------------------------------------
+
+
+class ClaimKind(enum.Enum):
+    PREFETCH = "prefetch"
+    LEASE = "lease"
+    PIN = "pin"
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a lease: the uid was seen (None where it could not be), the rest is declared."""
+
+    uid: int | None = None
+    pid: int = 0
+    host: str = ""
+    command: str = ""
+    pod: str = ""
+
+    def words(self) -> str:
+        """One line for people: ``uid 1000 (declares pid 7 on web-1: python serve.py)``."""
+        uid = "uid unknown" if self.uid is None else f"uid {self.uid}"
+        place = f" on {self.host}" if self.host else ""
+        pod = f" in pod {self.pod}" if self.pod else ""
+        command = f": {self.command}" if self.command else ""
+        return f"{uid} (declares pid {self.pid}{place}{pod}{command})"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Somebody's wish to have a ref's content on a device.
+
+    ``revision`` is what it is bound to once known. ``expires_at`` (Unix s) is set for TTL leases
+    only. ``fresh`` asks the origin even where a resolution is noted.
+    """
+
+    id: ClaimId
+    kind: ClaimKind
+    ref: Ref
+    device: Device
+    made_at: float
+    fresh: bool = False
+    holder: Holder | None = None
+    expires_at: float | None = None
+    revision: RevisionKey | None = None
+    artifact: ArtifactId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """One artifact in a device's memory. ``locked`` is False where it had to stay unlocked."""
+
+    artifact: ArtifactId
+    size_bytes: int
+    locked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What a standby says of itself and its device. ``limit_bytes`` is the most it could ever hold."""
+
+    device: Device
+    pid: int
+    limit_bytes: int
+    can_lock: bool
+    cannot_lock_reason: str
+    write_protected: bool
+    residents: tuple[Resident, ...]
+
+
+class Phase(enum.Enum):
+    RESOLVING = "resolving"
+    QUEUED = "queued"
+    FETCHING = "fetching"
+    LOADING = "loading"
+    WAITING = "waiting"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far something is. ``rate_bytes_per_s`` is smoothed; ``message`` says why it waits, if it does."""
+
+    phase: Phase
+    done_bytes: int = 0
+    total_bytes: int = 0
+    rate_bytes_per_s: float = 0.0
+    message: str = ""
+
+    @property
+    def eta_s(self) -> float | None:
+        if self.rate_bytes_per_s <= 0 or self.total_bytes <= 0:
+            return None
+        return max(0, self.total_bytes - self.done_bytes) / self.rate_bytes_per_s

@@ -1,0 +1,1 @@
+"""Where descriptors and memory kinds live: one protocol, one module per kind."""

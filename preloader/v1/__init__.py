@@ -1,0 +1,1 @@
+"""Stubs made from proto/ by proto/generate.py; never edited by hand."""
