@@ -239,7 +239,11 @@ def parse_ref(text: str) -> Ref:
         raise _bad_ref(text, f"a ref has 1 to {MAX_REF_CHARS} printable characters and no spaces")
     if not separator or scheme not in ("file", "http", "https"):
         raise _bad_ref(text, "its scheme is none of file, http, https")
-    if not rest or (scheme == "file" and not rest.startswith("/")) or rest.startswith("/") != (scheme == "file"):
+    if (
+        not rest
+        or (scheme == "file" and not rest.startswith("/"))
+        or rest.startswith("/") != (scheme == "file")
+    ):
         raise _bad_ref(text, "it names no directory")
     if "?" in rest or "#" in rest:
         raise _bad_ref(text, "a query or fragment is not part of a directory's address")
@@ -366,7 +370,7 @@ class Phase(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far something is. ``rate_bytes_per_s`` is smoothed; ``message`` says why it waits, if it does."""
+    """How far something is. ``rate_bytes_per_s`` is smoothed; ``message`` says why it waits."""
 
     phase: Phase
     done_bytes: int = 0

@@ -1,0 +1,69 @@
+# Every target sets up what it needs: a fresh checkout on a machine with Python 3.11 or newer is enough.
+#   make demo | test | check | bench        make PYTHON=python3.12 test        make test ARGS="-k config"
+
+PYTHON ?= python3
+ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(PY) -m pip --quiet --no-input
+# protoc looks for its plugins on the path.
+GENERATE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) proto/generate.py
+SOURCES := cached preloader tests benchmarks proto
+
+.PHONY: venv check test demo bench format stubs lock
+.DEFAULT_GOAL := test
+
+venv: $(STAMP)
+
+# An interrupted set-up leaves no stamp, and the next one goes on from what is there. The lock keeps two
+# runs in one checkout from installing at once.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: '$(PYTHON)' is not Python 3.11 or newer ($$($(PYTHON) --version 2>&1 || true))" >&2; \
+	  echo "hint: install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@mkdir -p $(VENV); \
+	exec 9>$(VENV)/.lock; if command -v flock >/dev/null; then flock 9; fi; \
+	echo "setting up $(VENV): some minutes the first time"; \
+	$(PYTHON) -m venv $(VENV); \
+	: "torch goes first and exactly, so that nothing below asks for another build of it"; \
+	$(PIP) install "$$(grep '^torch==' constraints.txt)"; \
+	$(PIP) install -c constraints.txt -e '.[daemon,preloader,torch,demo,dev]'; \
+	touch $(STAMP)
+
+check: $(STAMP)
+	$(PY) -m ruff check $(SOURCES)
+	$(PY) -m ruff format --check $(SOURCES)
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports --no-logo
+	$(GENERATE) --check
+
+test: $(STAMP)
+	$(PY) -m pytest $(ARGS)
+
+# exec: a Ctrl-C or a SIGTERM reaches the demo itself, which then ends what it started.
+demo: $(STAMP)
+	@exec $(PY) -m benchmarks.demo $(ARGS)
+
+bench: $(STAMP)
+	@exec $(PY) -m benchmarks.bench $(ARGS)
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix $(SOURCES)
+	$(PY) -m ruff format $(SOURCES)
+
+stubs: $(STAMP)
+	$(GENERATE)
+
+# Writes what is installed now as what everybody gets. A local build's suffix (torch 2.13.0+cpu) is left out:
+# no index but the one it came from knows it.
+lock: $(STAMP)
+	{ sed '/^[^#]/,$$d' constraints.txt; \
+	  $(PIP) freeze --all --exclude-editable --exclude pip --exclude wheel | sed 's/+[A-Za-z0-9.]*$$//'; \
+	} > $(VENV)/constraints.txt
+	mv $(VENV)/constraints.txt constraints.txt

@@ -1,0 +1,168 @@
+"""The operator's TOML file as typed settings: defaults, bounds, and errors that say where and how to mend.
+
+Owns every key, its default and its bounds. Reads the one file it is given and the environment that
+is passed in; writes nothing, constructs nothing else, and knows nothing of what the settings do.
+
+Keys are the fields below. A key that counts bytes takes a number or a size with its unit: ``"80 GB"``,
+``"10GiB"``, ``"125 MB/s"``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from cached.model import CachedError, ErrorKind, permanent
+
+MAX_CONFIG_BYTES = 1024 * 1024
+MAX_BYTES = 2**60
+
+_Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_BYTES)]
+# Below this a chunk takes minutes, and every range would run into its timeout.
+_Rate = Annotated[int, msgspec.Meta(ge=64 * 1024, le=MAX_BYTES)]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """``capacity_bytes``: the most that blobs may take; None leaves it to the file system's size."""
+
+    capacity_bytes: _Size | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSettings:
+    """How origins are asked.
+
+    ``workers`` processes at most, each with ``connections`` at once; ``rate_bytes_per_s`` caps one worker
+    (None: no cap); ``attempts`` for each range; ``timeout_s`` to connect, and between two reads.
+    """
+
+    workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
+    connections: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
+    rate_bytes_per_s: _Rate | None = None
+    attempts: Annotated[int, msgspec.Meta(ge=1, le=20)] = 5
+    timeout_s: Annotated[float, msgspec.Meta(ge=0.1, le=600)] = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class StandbySettings:
+    """``host_capacity_bytes``: the most that may stand in RAM; None leaves it to the standby's limits."""
+
+    host_capacity_bytes: _Size | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything the daemon can be told. Directories are absolute."""
+
+    data_dir: str = "/var/lib/cached"
+    run_dir: str = "/run/cached"
+    store: StoreSettings = field(default_factory=StoreSettings)
+    transfer: TransferSettings = field(default_factory=TransferSettings)
+    standby: StandbySettings = field(default_factory=StandbySettings)
+
+
+def load(path: Path | None, env: Mapping[str, str]) -> Settings:
+    """The settings of the file ``path``, or of ``CACHED_CONFIG``, or the defaults.
+
+    ``CACHED_DATA_DIR`` and ``CACHED_RUN_DIR`` win over the file. Raises CachedError (INVALID,
+    ``BAD_CONFIG``) naming the file and the key.
+    """
+    if path is None and env.get("CACHED_CONFIG"):
+        path = Path(env["CACHED_CONFIG"])
+    settings = Settings() if path is None else _load_file(path)
+    return dataclasses.replace(
+        settings,
+        data_dir=_directory(env.get("CACHED_DATA_DIR"), settings.data_dir),
+        run_dir=_directory(env.get("CACHED_RUN_DIR"), settings.run_dir),
+    )
+
+
+def _directory(from_env: str | None, otherwise: str) -> str:
+    # A shell may give a relative one, as for any command; a file has no directory to be relative to.
+    return str(Path(from_env).absolute()) if from_env else otherwise
+
+
+def _load_file(path: Path) -> Settings:
+    table = _read_toml(path)
+    _refuse_unknown(path, table, Settings(), "")
+    values = _with_sizes(path, table, "")
+    try:
+        settings = msgspec.convert(values, Settings)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at ")
+        key = where.strip("`").removeprefix("$.")
+        # In TOML's words: it has tables, and no null.
+        what = what.replace("Expected", "expected").replace("`object`", "a table").replace(" | null", "")
+        raise _bad(path, f"{key}: {what}", "correct the value") from error
+    for key, directory in (("data_dir", settings.data_dir), ("run_dir", settings.run_dir)):
+        if not directory.startswith("/"):
+            raise _bad(path, f"{key}: {directory!r} is not absolute", "write the whole path, from /")
+    return settings
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise _bad(path, str(error.strerror), "name a readable file, or none to run on defaults") from error
+    if len(data) > MAX_CONFIG_BYTES:
+        raise _bad(path, f"it is larger than {MAX_CONFIG_BYTES} bytes", "name the configuration file")
+    try:
+        return tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise _bad(path, f"it is not TOML: {error}", "correct the line") from error
+
+
+def _refuse_unknown(path: Path, table: Mapping[str, Any], defaults: Any, prefix: str) -> None:
+    """Walk ``table`` beside the settings that it fills; the first unknown key is the error."""
+    known = [f.name for f in dataclasses.fields(defaults)]
+    for key, value in table.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            words = f"did you mean {prefix}{near[0]}?" if near else f"known here are {', '.join(known)}"
+            raise _bad(path, f"{prefix}{key}: there is no such key", words)
+        default = getattr(defaults, key)
+        if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
+            _refuse_unknown(path, value, default, f"{prefix}{key}.")
+
+
+def _with_sizes(path: Path, table: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """``table`` with every size that was written as text turned into bytes; the key's unit says which."""
+    values = dict(table)
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            values[key] = _with_sizes(path, value, f"{prefix}{key}.")
+        elif isinstance(value, str) and key.endswith(("_bytes", "_bytes_per_s")):
+            size = parse_size(value)
+            if size is None:
+                hint = 'write a number of bytes, or a size such as "80 GB" or "10GiB"'
+                raise _bad(path, f"{prefix}{key}: {value[:80]!r} is not a size", hint)
+            values[key] = size
+    return values
+
+
+_POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([KMGTP]?)(I?)B(?:/S)?", re.ASCII)
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of ``80 GB`` (powers of 1000) or ``10GiB`` (of 1024), in any case; None where it is no size."""
+    match = _SIZE.fullmatch(text.strip().upper())
+    if match is None or (match[3] and not match[2]):
+        return None
+    return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** _POWER[match[2]])
+
+
+def _bad(path: Path, what: str, hint: str) -> CachedError:
+    return permanent(ErrorKind.INVALID, "BAD_CONFIG", f"{path}: {what}", hint)

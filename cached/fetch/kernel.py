@@ -1,0 +1,37 @@
+"""What a worker asks of the kernel about itself: to die with its parent, and to stand back.
+
+Owns the calls that Python has no name for. Linux only; a refusal is no error, as both are courtesies
+on top of what is guaranteed otherwise (the pipe's end, the caps).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import signal
+
+_PR_SET_PDEATHSIG = 1
+_IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
+_IOPRIO_WHO_PROCESS = 1
+# Best effort, the last of its eight levels: the idle class could wait for ever on a busy node.
+_IOPRIO_LOWEST = (2 << 13) | 7
+BACKGROUND_NICE = 10
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The parent may have ended before the call; then nobody is left to tell us.
+    if os.getppid() != parent_pid:
+        os._exit(0)
+
+
+def stand_back() -> None:
+    """Lower the calling thread's CPU and I/O priority, for good; threads that it starts inherit them."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, BACKGROUND_NICE)
+    number = _IOPRIO_SET.get(platform.machine())
+    if number is not None:
+        ctypes.CDLL(None, use_errno=True).syscall(number, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_LOWEST)

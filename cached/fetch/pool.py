@@ -1,0 +1,291 @@
+"""The standing pool of fetch workers, as the daemon sees it.
+
+Owns the workers' processes: how many, when they start and end, and what their deaths mean. Lives on the
+event loop and does nothing there but pass lines: no hashing, no disk, no waiting but for pipes.
+Killing a worker is cancelling its job; whoever fetches next goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Never
+
+import msgspec
+
+from cached.config import TransferSettings
+from cached.durable import FsyncFailed
+from cached.fetch.wire import (
+    MAX_LINE_BYTES,
+    Advanced,
+    Failed,
+    Fetch,
+    Fetched,
+    FetchJob,
+    Mismatch,
+    Reply,
+    Request,
+    Resolve,
+    Resolved,
+    Sealed,
+    Verified,
+    Verify,
+    decode_reply,
+    encode,
+)
+from cached.model import Blob, CachedError, Digest, Manifest, Ref, Revision, temporary
+
+RESOLVE_WORKERS = 2
+VERIFY_WORKERS = 1
+IDLE_S = 60.0
+KILL_WAIT_S = 10.0
+RETRY_DIED_S = 1.0
+STDERR_PIECES = 8
+STDERR_PIECE_BYTES = 1024
+
+
+class FetchPool:
+    """For one event loop. Jobs wait for a free worker; cancelling the task that waits kills the worker."""
+
+    def __init__(self, settings: TransferSettings, python: str = sys.executable) -> None:
+        self._settings = settings
+        self._python = python
+        self._workers: set[_Worker] = set()
+        self._fetching = _Lane(settings.workers)
+        self._resolving = _Lane(RESOLVE_WORKERS)
+        self._verifying = _Lane(VERIFY_WORKERS)
+
+    @property
+    def busy(self) -> int:
+        """Jobs that have a worker right now."""
+        return sum(lane.busy for lane in (self._fetching, self._resolving, self._verifying))
+
+    def worker_pids(self) -> tuple[int, ...]:
+        """The processes there are, idle ones included."""
+        return tuple(worker.pid for worker in self._workers)
+
+    async def resolve(self, ref: Ref) -> Revision:
+        """What the origin of ``ref`` has now. Raises CachedError."""
+        async with self._borrow(self._resolving) as worker:
+            last = await worker.ask(Resolve(ref, self._settings), f"resolving {ref}", _ignore)
+        match last:
+            case Resolved(revision=revision):
+                return revision
+            case Failed():
+                raise _error_of(last)
+        _unexpected(last)
+
+    async def fetch(
+        self,
+        job: FetchJob,
+        on_progress: Callable[[int, int], None],
+        on_blob: Callable[[int, Blob], Awaitable[None]],
+    ) -> Manifest:
+        """Bring a revision to disk, proven.
+
+        ``on_progress(done bytes, bytes received from the origin)`` a few times a second; ``on_blob(index,
+        blob)`` is awaited for each file that was sealed, one after the other, and not for those that share
+        their content with one before. Raises CachedError, FsyncFailed, and what ``on_blob`` raises.
+        """
+
+        async def on_reply(reply: Reply) -> None:
+            match reply:
+                case Advanced(done_bytes=done_bytes, origin_bytes=origin_bytes):
+                    on_progress(done_bytes, origin_bytes)
+                case Sealed(index=index, blob=blob):
+                    await on_blob(index, blob)
+
+        async with self._borrow(self._fetching) as worker:
+            last = await worker.ask(Fetch(job, self._settings), f"fetching {job.revision.ref}", on_reply)
+            if isinstance(last, Failed):
+                # Raised here, so that the worker is gone, and its locks with it, before anybody tries again.
+                raise _error_of(last)
+        match last:
+            case Fetched(manifest=manifest):
+                return manifest
+        _unexpected(last)
+
+    async def verify(
+        self, files: tuple[tuple[str, Digest, int], ...], on_progress: Callable[[int], None]
+    ) -> tuple[Mismatch, ...]:
+        """Read (path, sha256, size in bytes) again; those that are not so. Raises CachedError."""
+
+        async def on_reply(reply: Reply) -> None:
+            if isinstance(reply, Advanced):
+                on_progress(reply.done_bytes)
+
+        async with self._borrow(self._verifying) as worker:
+            last = await worker.ask(Verify(files), f"verifying {len(files)} files", on_reply)
+        match last:
+            case Verified(mismatches=mismatches):
+                return mismatches
+            case Failed():
+                raise _error_of(last)
+        _unexpected(last)
+
+    async def close(self) -> None:
+        """Kill what is left. Jobs that still run fail as if their workers had died."""
+        for lane in (self._fetching, self._resolving, self._verifying):
+            lane.forget_idle()
+        await asyncio.gather(*(worker.kill() for worker in tuple(self._workers)))
+
+    @contextlib.asynccontextmanager
+    async def _borrow(self, lane: _Lane) -> AsyncIterator[_Worker]:
+        """A worker for one request; it is killed unless that ended well."""
+        async with lane.slots:
+            lane.busy += 1
+            try:
+                worker = lane.take_idle() or await self._start()
+                try:
+                    yield worker
+                except BaseException:
+                    await worker.kill()
+                    raise
+                lane.put_idle(worker)
+            finally:
+                lane.busy -= 1
+
+    async def _start(self) -> _Worker:
+        process = await asyncio.create_subprocess_exec(
+            self._python,
+            "-P",  # no code from whatever directory the daemon was started in
+            "-m",
+            "cached.fetch.worker",
+            str(os.getpid()),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=MAX_LINE_BYTES,
+            # Out of the terminal's group: Ctrl-C is the daemon's to hear, and it ends its workers itself.
+            start_new_session=True,
+        )
+        worker = _Worker(process)
+        self._workers.add(worker)
+        worker.ended.add_done_callback(lambda _: self._workers.discard(worker))
+        return worker
+
+
+@dataclass(slots=True)
+class _Lane:
+    """A bounded number of workers for one kind of request."""
+
+    most: int
+    busy: int = 0
+    slots: asyncio.Semaphore = field(init=False)
+    _idle: list[_Worker] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.slots = asyncio.Semaphore(self.most)
+
+    def take_idle(self) -> _Worker | None:
+        while self._idle:
+            worker = self._idle.pop()
+            worker.cancel_retirement()
+            if worker.alive:
+                return worker
+        return None
+
+    def put_idle(self, worker: _Worker) -> None:
+        self._idle.append(worker)
+        worker.retire_later(lambda: self._idle.remove(worker))
+
+    def forget_idle(self) -> None:
+        for worker in self._idle:
+            worker.cancel_retirement()
+        self._idle.clear()
+
+
+class _Worker:
+    """One process, from its start to its reaping."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin and process.stdout and process.stderr
+        self._process = process
+        self._stdin, self._stdout, self._stderr = process.stdin, process.stdout, process.stderr
+        self._complaints: deque[bytes] = deque(maxlen=STDERR_PIECES)
+        self._retirement: asyncio.TimerHandle | None = None
+        self.ended = asyncio.create_task(self._attend())
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.returncode is None
+
+    async def _attend(self) -> None:
+        """Listen to stderr, which would block the worker if nobody did, and reap the process."""
+        while piece := await self._stderr.read(STDERR_PIECE_BYTES):
+            self._complaints.append(piece)
+        await self._process.wait()
+
+    async def ask(self, request: Request, doing: str, on_reply: Callable[[Reply], Awaitable[None]]) -> Reply:
+        """The closing reply to ``request``. Raises CachedError, as ``WORKER_DIED`` (temporary)."""
+        try:
+            self._stdin.write(encode(request))
+            await self._stdin.drain()
+            while line := await self._stdout.readline():
+                reply = decode_reply(line)
+                if not isinstance(reply, Advanced | Sealed):
+                    return reply
+                await on_reply(reply)
+        except (ConnectionError, msgspec.DecodeError) as error:
+            # A line that broke off midway, or a pipe that did: either way the process is done for.
+            raise await self._died(doing) from error
+        raise await self._died(doing)
+
+    async def _died(self, doing: str) -> CachedError:
+        await self.kill()
+        code = self._process.returncode
+        how = f"was killed by {_signal_name(-code)}" if code and code < 0 else f"exited with status {code}"
+        said = b"".join(self._complaints).decode("utf-8", "replace").strip().splitlines()
+        return temporary(
+            "WORKER_DIED",
+            f"the worker that was {doing} {how}" + (f": {said[-1][:300]}" if said else ""),
+            "it is tried again and goes on where it stopped; if that repeats, see whether memory ran out",
+            RETRY_DIED_S,
+        )
+
+    async def kill(self) -> None:
+        """End the process now; afterwards its locks are free."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        # A process that hangs in the kernel (a dead share) cannot be waited for without end.
+        await asyncio.wait([self.ended], timeout=KILL_WAIT_S)
+
+    def retire_later(self, forget: Callable[[], None]) -> None:
+        def retire() -> None:
+            forget()
+            self._stdin.close()  # the worker ends by itself
+
+        self._retirement = asyncio.get_running_loop().call_later(IDLE_S, retire)
+
+    def cancel_retirement(self) -> None:
+        if self._retirement is not None:
+            self._retirement.cancel()
+
+
+async def _ignore(reply: Reply) -> None:
+    """Resolving has no progress to tell."""
+
+
+def _error_of(failed: Failed) -> Exception:
+    return FsyncFailed(failed.problem.message) if failed.fsync else CachedError(failed.problem)
+
+
+def _unexpected(reply: Reply) -> Never:
+    raise AssertionError(f"a worker closed a request with {type(reply).__name__}")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,120 @@
+"""What the pool and its workers say to each other: one JSON line each, over the worker's stdin and stdout.
+
+Owns the words and their encoding; no I/O. A worker has one request at a time, answers it with any
+number of ``Advanced`` and ``Sealed``, and closes it with exactly one of the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from cached.config import TransferSettings
+from cached.model import Blob, Digest, Manifest, Problem, Ref, Revision
+
+MAX_LINE_BYTES = 256 * 1024 * 1024
+"""The longest line: a manifest of MAX_MANIFEST_TENSORS tensors."""
+MAX_MANIFEST_TENSORS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class FetchJob:
+    """Bring a revision's files into ``ingest_dir``, which is ``ingest/<revision key>`` of a store.
+
+    ``have[i]`` is the blob of file ``i`` where the store has it already, else None. A ``background`` job
+    runs at low priority and leaves no page cache behind.
+    """
+
+    revision: Revision
+    ingest_dir: str
+    have: tuple[Blob | None, ...]
+    background: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A blob that is not what its name says, and in which way."""
+
+    digest: Digest
+    reason: str
+
+
+# --- requests -------------------------------------------------------------------------------
+
+
+class Resolve(msgspec.Struct, frozen=True, tag=True):
+    ref: Ref
+    settings: TransferSettings
+
+
+class Fetch(msgspec.Struct, frozen=True, tag=True):
+    job: FetchJob
+    settings: TransferSettings
+
+
+class Verify(msgspec.Struct, frozen=True, tag=True):
+    """``files``: path, expected sha256, expected size in bytes."""
+
+    files: tuple[tuple[str, Digest, int], ...]
+
+
+Request = Resolve | Fetch | Verify
+
+
+# --- replies --------------------------------------------------------------------------------
+
+
+class Advanced(msgspec.Struct, frozen=True, tag=True):
+    """How far a request is: bytes in place (or proven), and bytes received from the origin for it."""
+
+    done_bytes: int
+    origin_bytes: int = 0
+
+
+class Sealed(msgspec.Struct, frozen=True, tag=True):
+    """The partial blob of file ``index`` is complete, proven, durable and read-only."""
+
+    index: int
+    blob: Blob
+
+
+class Resolved(msgspec.Struct, frozen=True, tag=True):
+    revision: Revision
+
+
+class Fetched(msgspec.Struct, frozen=True, tag=True):
+    manifest: Manifest
+
+
+class Verified(msgspec.Struct, frozen=True, tag=True):
+    mismatches: tuple[Mismatch, ...]
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The request's error. ``fsync`` when a failed fsync was it, of which the daemon must hear."""
+
+    problem: Problem
+    fsync: bool = False
+
+
+Reply = Advanced | Sealed | Resolved | Fetched | Verified | Failed
+
+
+_encoder = msgspec.json.Encoder()
+_requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
+_replies: msgspec.json.Decoder[Reply] = msgspec.json.Decoder(Reply)
+
+
+def encode(message: Request | Reply) -> bytes:
+    """The message as one line, its newline included."""
+    return _encoder.encode(message) + b"\n"
+
+
+def decode_request(line: bytes) -> Request:
+    return _requests.decode(line)
+
+
+def decode_reply(line: bytes) -> Reply:
+    """Raises msgspec.DecodeError."""
+    return _replies.decode(line)

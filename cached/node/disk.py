@@ -1,0 +1,36 @@
+"""The store, from the event loop: one thread of its own, so that calls wait in line and never the loop.
+
+Owns that thread. Knows nothing of what the calls do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Disk:
+    """Runs the store's calls one after the other."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+
+    async def call(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run ``work`` when its turn comes. What has begun is always waited for, also when cancelled:
+        nobody may believe that a change of the disk did not happen while it still does."""
+        future = asyncio.wrap_future(self._thread.submit(lambda: work(*args, **kwargs)))
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait([future])
+            future.exception()
+            raise
+
+    def close(self) -> None:
+        """Wait for what is in line, and end."""
+        self._thread.shutdown(wait=True)

@@ -1,0 +1,306 @@
+"""Carries the planner's actions out, and turns their outcomes into events.
+
+Owns the tasks of resolutions, transfers, evictions and loads, and the meters of what moves.
+Decides nothing; an outcome is never logged and forgotten, it becomes an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable
+from typing import assert_never
+
+import structlog
+
+from cached.fetch import FetchJob, FetchPool
+from cached.metrics import Metrics, Outcome
+from cached.model import (
+    DISK,
+    ArtifactId,
+    Blob,
+    CachedError,
+    Claim,
+    ClaimId,
+    ClaimKind,
+    Device,
+    Digest,
+    ErrorKind,
+    Note,
+    Phase,
+    Problem,
+    Ref,
+    Revision,
+    RevisionKey,
+)
+from cached.node.core import Core
+from cached.node.disk import Disk
+from cached.node.meter import Meter
+from cached.plan import types as t
+from cached.standby import Standby
+from cached.store import Store
+
+BUSY_TRIES = 20
+BUSY_PAUSE_S = 0.5
+RELEASE_TRIES = 10
+
+log = structlog.get_logger("cached.node")
+
+
+class Effects:
+    """What the node does. ``core`` is set once it exists: the two know each other."""
+
+    core: Core
+
+    def __init__(self, store: Store, disk: Disk, pool: FetchPool, metrics: Metrics) -> None:
+        self._store = store
+        self._disk = disk
+        self._pool = pool
+        self._metrics = metrics
+        self.standbys: dict[Device, Standby] = {}
+        self.fetching: dict[RevisionKey, Meter] = {}
+        self.loading: dict[tuple[Device, ArtifactId], Meter] = {}
+        self._fetches: dict[RevisionKey, asyncio.Task[None]] = {}
+        self._loads: dict[tuple[Device, ArtifactId], asyncio.Task[None]] = {}
+        self._committing: set[RevisionKey] = set()
+        self.durable: set[ClaimId] = set()
+        self.origin_bytes = 0
+
+    def start(self, action: t.Action) -> None:
+        """Begin an action; its outcome comes back as an event."""
+        match action:
+            case t.Resolve(ref):
+                self.core.spawn(self._resolve(ref), f"resolve {ref}")
+            case t.Fetch(revision, background):
+                task = self.core.spawn(self._fetch(revision, background), f"fetch {revision.ref}")
+                self._fetches[revision.key] = task
+            case t.StopFetch(key):
+                if key not in self._committing:
+                    self._fetches[key].cancel()
+            case t.Discard(key, drop):
+                self.core.spawn(self._discard(key, drop), f"discard {key}")
+            case t.Evict(artifact, drop, why):
+                self.core.spawn(self._evict(artifact, drop, why), f"evict {artifact}")
+            case t.Quarantine():
+                self.core.spawn(self._quarantine(action), f"quarantine {action.digest}")
+            case t.Load(device, artifact):
+                task = self.core.spawn(self._load(device, artifact), f"load {artifact} on {device}")
+                self._loads[device, artifact] = task
+            case t.Release(device, artifact, why):
+                self.core.spawn(self._release(device, artifact, why), f"release {artifact} from {device}")
+            case t.CannotFetch(_, problem) | t.CannotLoad(_, _, problem):
+                self._tell(problem)
+            case t.Grant(claim):
+                self.core.spawn(self._granted(claim), f"grant {claim}")
+            case t.Refuse(claim, problem):
+                self.core.answer(claim, problem)
+                self.core.spawn(self.forget_claim(claim), f"refuse {claim}")
+            case t.Expire(claim):
+                log.info("a lease's time is up", lease=claim)
+                self.core.spawn(self.forget_claim(claim), f"expire {claim}")
+            case t.Refresh(ref):
+                self.core.post(t.ClaimMade(refresh_claim(ref, DISK)))
+            case _:
+                assert_never(action)
+
+    def _tell(self, problem: Problem, **ids: str) -> None:
+        self._metrics.problem(problem.reason)
+        log.warning(problem.message, reason=problem.reason, hint=problem.hint, **ids)
+
+    # --- resolution and transfer ------------------------------------------------------------
+
+    async def _resolve(self, ref: Ref) -> None:
+        began = time.monotonic()
+        try:
+            revision = await self._pool.resolve(ref)
+        except CachedError as error:
+            self._tell(error.problem, ref=ref)
+            self.core.post(t.ResolveFailed(ref, error.problem))
+            return
+        self._metrics.phase_took("resolve", time.monotonic() - began)
+        known = self.core.state.proven.get(revision.key)
+        self.core.post(t.Resolved(revision))
+        if known is not None:
+            note = Note(ref, revision.key, known, revision.attested, time.time())
+            await self._disk.call(self._store.put_note, note)
+
+    async def _fetch(self, revision: Revision, background: bool) -> None:
+        key, began = revision.key, time.monotonic()
+        self.fetching[key] = Meter(Phase.FETCHING, revision.size_bytes, began)
+        self._metrics.set_transfers_in_progress(len(self.fetching))
+        outcome: Outcome = "failed"
+        try:
+            await self._transfer(revision, background)
+            outcome = "done"
+            self._metrics.phase_took("fetch", time.monotonic() - began)
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            self.core.post(t.FetchStopped(key))
+        except CachedError as error:
+            outcome = "failed" if error.problem.temporary else "refused"
+            self._tell(error.problem, ref=revision.ref, revision=key)
+            self.core.post(t.FetchFailed(key, error.problem))
+        finally:
+            self.fetching.pop(key)
+            self._fetches.pop(key, None)
+            self._committing.discard(key)
+            self._metrics.transfer_ended(outcome)
+            self._metrics.set_transfers_in_progress(len(self.fetching))
+
+    async def _transfer(self, revision: Revision, background: bool) -> None:
+        key = revision.key
+        log.info("fetching", ref=revision.ref, revision=key, size_bytes=revision.size_bytes)
+        ingest = await self._disk.call(self._store.begin_fetch, revision, time.time())
+        job = FetchJob(revision, str(ingest.directory), ingest.have, background)
+
+        async def committed(index: int, blob: Blob) -> None:
+            await self._disk.call(self._store.commit_blob, key, index, blob)
+
+        manifest = await self._pool.fetch(job, self._progress(key), committed)
+        # From here the artifact will be there: stopping now would only make the facts harder to tell.
+        self._committing.add(key)
+        now = time.time()
+        artifact = await self._disk.call(self._store.commit_artifact, manifest, revision, now)
+        note = Note(revision.ref, key, artifact.id, revision.attested, now)
+        log.info("proven", ref=revision.ref, artifact=artifact.id, size_bytes=artifact.size_bytes)
+        self.core.post(t.Fetched(key, artifact, note))
+
+    def _progress(self, key: RevisionKey) -> Callable[[int, int], None]:
+        meter, seen_bytes = self.fetching[key], 0
+
+        def update(done_bytes: int, origin_bytes: int) -> None:
+            nonlocal seen_bytes
+            meter.update(done_bytes, time.monotonic())
+            self._metrics.received(origin_bytes - seen_bytes)
+            self.origin_bytes += origin_bytes - seen_bytes
+            seen_bytes = origin_bytes
+
+        return update
+
+    # --- taking down ------------------------------------------------------------------------
+
+    async def _evict(self, artifact: ArtifactId, drop: tuple[Digest, ...], why: str) -> None:
+        size_bytes = self.core.state.artifacts[artifact].artifact.size_bytes
+        log.info("evicting", artifact=artifact, size_bytes=size_bytes, why=why)
+        await self._disk.call(self._store.evict, artifact, drop)
+        self._metrics.evicted(size_bytes)
+        self.core.post(t.Evicted(artifact))
+
+    async def _discard(self, key: RevisionKey, drop: tuple[Digest, ...]) -> None:
+        # A worker that was just killed may not have let go of its file yet.
+        for _ in range(BUSY_TRIES):
+            try:
+                await self._disk.call(self._store.discard, key, drop)
+                break
+            except CachedError as error:
+                if not error.problem.temporary:
+                    raise
+                await asyncio.sleep(BUSY_PAUSE_S)
+        else:
+            raise RuntimeError(f"the leftovers of {key} are still being written to by an unknown process")
+        log.info("discarded leftovers", revision=key)
+        self.core.post(t.Discarded(key))
+
+    async def _quarantine(self, action: t.Quarantine) -> None:
+        log.error("corrupt content", digest=action.digest, reason=action.reason, artifacts=action.artifacts)
+        down = await self._disk.call(
+            self._store.quarantine, action.artifacts, action.digest, action.reason, time.time()
+        )
+        self._metrics.quarantined()
+        self.core.post(t.Quarantined(action.artifacts, down.leftovers))
+
+    # --- devices ----------------------------------------------------------------------------
+
+    async def _load(self, device: Device, artifact: ArtifactId) -> None:
+        spot, began = (device, artifact), time.monotonic()
+        size_bytes = self.core.state.artifacts[artifact].artifact.size_bytes
+        meter = self.loading[spot] = Meter(Phase.LOADING, size_bytes, began)
+        outcome: Outcome = "failed"
+        try:
+            standby = self.standbys[device]
+            resident = await standby.load(artifact, lambda done, _: meter.update(done, time.monotonic()))
+            await standby.descriptors(artifact)
+            outcome = "done"
+            self._metrics.phase_took("load", time.monotonic() - began)
+            log.info("resident", artifact=artifact, device=device, locked=resident.locked)
+            self.core.post(t.Loaded(device, resident))
+        except CachedError as error:
+            outcome = "failed" if error.problem.temporary else "refused"
+            self._tell(error.problem, artifact=artifact, device=device)
+            if error.problem.kind is ErrorKind.DATA_LOSS:
+                await self.prove(artifact, lambda _: None)
+            self.core.post(t.LoadFailed(device, artifact, error.problem))
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        finally:
+            self.loading.pop(spot)
+            self._loads.pop(spot, None)
+            self._metrics.load_ended(device, outcome)
+
+    async def stop_loads(self, device: Device) -> None:
+        """A standby is gone: what it was loading is too."""
+        tasks = [task for spot, task in self._loads.items() if spot[0] == device]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _release(self, device: Device, artifact: ArtifactId, why: str) -> None:
+        log.info("releasing", artifact=artifact, device=device, why=why)
+        for _ in range(RELEASE_TRIES):
+            standby = self.standbys.get(device)
+            if standby is None:
+                return  # its end was an event, and took every residency along
+            try:
+                await standby.release(artifact)
+                standby.forget(artifact)
+                self.core.post(t.Released(device, artifact))
+                return
+            except CachedError as error:
+                self._tell(error.problem, artifact=artifact, device=device)
+                await asyncio.sleep(BUSY_PAUSE_S)
+        raise RuntimeError(f"the standby of {device} does not release {artifact}")
+
+    # --- claims -----------------------------------------------------------------------------
+
+    async def _granted(self, claim_id: ClaimId) -> None:
+        claim = self.core.state.claims.get(claim_id)
+        self.core.answer(claim_id)
+        if claim is None:  # a prefetch: it ends with its proof
+            await self.forget_claim(claim_id)
+        elif claim.artifact is not None:
+            await self._disk.call(self._store.touch, claim.artifact, time.time())
+
+    async def promise(self, claim: Claim) -> None:
+        """Write a claim down; once this returns, it survives everything."""
+        self.durable.add(claim.id)
+        await self._disk.call(self._store.put_claim, claim)
+
+    async def forget_claim(self, claim_id: ClaimId) -> None:
+        """Remove a claim's record, if it has one."""
+        if claim_id in self.durable:
+            self.durable.discard(claim_id)
+            await self._disk.call(self._store.delete_claim, claim_id)
+
+    # --- proving ----------------------------------------------------------------------------
+
+    async def prove(self, artifact: ArtifactId, on_progress: Callable[[int], None]) -> str | None:
+        """Read every byte of an artifact again. Returns what differed; that is an event as well."""
+        manifest = await self._disk.call(self._store.manifest, artifact)
+        # Through the tree: what is read is what a replica would open.
+        tree = self._store.tree_path(artifact)
+        once = {f.blob.sha256: f for f in manifest.files}.values()
+        files = tuple((str(tree / f.path), f.blob.sha256, f.blob.size_bytes) for f in once)
+        wrong = await self._pool.verify(files, on_progress)
+        names = {f.blob.sha256: f.path for f in manifest.files}
+        for mismatch in wrong:
+            reason = f"{names[mismatch.digest]} of {manifest.ref}: {mismatch.reason}"
+            self.core.post(t.Corrupt(mismatch.digest, reason))
+        return "; ".join(f"{names[m.digest]}: {m.reason}" for m in wrong) or None
+
+
+def refresh_claim(ref: Ref, device: Device) -> Claim:
+    """A claim that only asks the origin again and brings what is new; it does not survive a restart."""
+    name = ClaimId(f"refresh-{uuid.uuid4().hex}")
+    return Claim(name, ClaimKind.PREFETCH, ref, device, time.time(), fresh=True)

@@ -1,0 +1,221 @@
+"""What people and programs are shown of the state: rows by ref, and the node's figures.
+
+Owns the words of section "states" and which fact wins when several could be shown. Pure: reads the
+planner's state, changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from cached.model import (
+    DISK,
+    ArtifactId,
+    Claim,
+    Device,
+    Inventory,
+    ManifestFile,
+    Phase,
+    Problem,
+    Progress,
+    Ref,
+    RevisionKey,
+    is_artifact_id,
+)
+from cached.plan import types as t
+from cached.plan.state import State
+
+
+@dataclass(frozen=True, slots=True)
+class ResidencyView:
+    device: Device
+    step: str
+    size_bytes: int
+    locked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """One ref as it stands. ``state`` is one of the disk states; ``problem`` says why it is not verified."""
+
+    ref: Ref
+    state: str
+    artifact: ArtifactId | None = None
+    revision: RevisionKey | None = None
+    attested: bool = False
+    size_bytes: int = 0
+    last_used_at: float = 0.0
+    claims: tuple[Claim, ...] = ()
+    residencies: tuple[ResidencyView, ...] = ()
+    problem: Problem | None = None
+    progress: Progress | None = None
+    path: str = ""
+    files: tuple[ManifestFile, ...] = field(default=())
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Where it stands now, the disk first."""
+        on_disk = (DISK,) if self.state == "verified" else ()
+        return on_disk + tuple(r.device for r in self.residencies if r.step == "resident")
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceView:
+    device: Device
+    capacity_bytes: int
+    used_bytes: int
+    claimed_bytes: int
+    artifacts: int
+    connected: bool
+    remarks: tuple[str, ...]
+    pid: int
+
+
+class Views:
+    """Rows over one state. Made anew for each reading, so that a row's indexes are built once."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._claims: dict[Ref, list[Claim]] = {}
+        for claim in state.claims.values():
+            self._claims.setdefault(claim.ref, []).append(claim)
+        self._transfers: dict[Ref, t.Transfer] = {}
+        for transfer in state.transfers.values():
+            self._transfers[transfer.revision.ref] = transfer
+
+    def refs(self) -> list[Ref]:
+        known = {*self._state.notes, *self._claims, *self._transfers, *self._state.withdrawn}
+        return sorted(known)
+
+    def models(self) -> list[ModelView]:
+        return [self._row(ref) for ref in self.refs()]
+
+    def find(self, text: str) -> ModelView | None:
+        """One row, by ref or by artifact id."""
+        if is_artifact_id(text):
+            refs = [r for r, note in self._state.notes.items() if note.artifact == text]
+            return self._row(min(refs)) if refs else None
+        ref = Ref(text)
+        known = (self._state.notes, self._claims, self._transfers, self._state.withdrawn)
+        return self._row(ref) if any(ref in refs for refs in known) else None
+
+    def _row(self, ref: Ref) -> ModelView:
+        note = self._state.notes.get(ref)
+        proven = self._state.artifacts.get(note.artifact) if note else None
+        claims = tuple(self._claims.get(ref, ()))
+        if note is None or proven is None:
+            return replace(self._missing(ref), claims=claims)
+        return ModelView(
+            ref,
+            proven.step.value if proven.step is not t.DiskStep.QUARANTINING else "quarantined",
+            note.artifact,
+            note.revision,
+            note.attested,
+            proven.artifact.size_bytes,
+            proven.artifact.last_used_at,
+            claims,
+            self._residencies(note.artifact),
+            self._residency_problem(note.artifact),
+        )
+
+    def _missing(self, ref: Ref) -> ModelView:
+        """A ref without a proven artifact: what is known of its way there."""
+        transfer = self._transfers.get(ref)
+        resolution = self._state.resolutions.get(ref)
+        withdrawn = self._state.withdrawn.get(ref)
+        if resolution is not None and resolution.problem is not None:
+            return ModelView(ref, _step_word(resolution.step), problem=resolution.problem)
+        if transfer is None or (transfer.step is t.Step.IDLE and withdrawn is not None):
+            return ModelView(ref, "quarantined" if withdrawn else "absent", problem=withdrawn)
+        revision = transfer.revision
+        return ModelView(
+            ref,
+            _step_word(transfer.step),
+            revision=revision.key,
+            attested=revision.attested,
+            size_bytes=revision.size_bytes,
+            problem=transfer.problem,
+        )
+
+    def _residencies(self, artifact: ArtifactId) -> tuple[ResidencyView, ...]:
+        found = []
+        for device, _ in self._state.devices_of(artifact):
+            residency = self._state.residencies[device, artifact]
+            size_bytes = sum(size for _, size in residency.items)
+            found.append(ResidencyView(device, residency.step.value, size_bytes, residency.locked))
+        return tuple(found)
+
+    def _residency_problem(self, artifact: ArtifactId) -> Problem | None:
+        spots = self._state.devices_of(artifact)
+        return next((p for s in spots if (p := self._state.residencies[s].problem) is not None), None)
+
+    # --- the node ---------------------------------------------------------------------------
+
+    def places(self) -> list[PlaceView]:
+        return [self._place(device) for device in self._state.places]
+
+    def _place(self, device: Device) -> PlaceView:
+        place = self._state.places[device]
+        if device == DISK:
+            claimed = sum(
+                self._state.artifacts[a].artifact.size_bytes
+                for a in self._state.claimed
+                if a in self._state.artifacts
+            )
+            count = len(self._state.artifacts)
+            return PlaceView(
+                device, place.capacity_bytes, place.ledger.used_bytes, claimed, count, True, (), 0
+            )
+        residents = [s for s, r in self._state.residencies.items() if s[0] == device and r.items]
+        claimed = sum(
+            sum(size for _, size in self._state.residencies[s].items)
+            for s in residents
+            if self._state.claims_on(device, s[1])
+        )
+        inventory = place.inventory
+        return PlaceView(
+            device,
+            place.capacity_bytes,
+            place.ledger.used_bytes,
+            claimed,
+            len(residents),
+            inventory is not None,
+            _remarks(place.inventory),
+            inventory.pid if inventory else 0,
+        )
+
+
+def waiting_for(state: State, claim: Claim) -> Progress:
+    """What an unanswered claim waits for, as far as the state tells; bytes come from the meters."""
+    if claim.revision is None:
+        return _phase(Phase.RESOLVING, state.resolutions.get(claim.ref))
+    if claim.artifact is None:
+        transfer = state.transfers.get(claim.revision)
+        running = transfer is not None and transfer.step is t.Step.RUNNING
+        return _phase(Phase.FETCHING if running else Phase.QUEUED, transfer)
+    place = state.places.get(claim.device)
+    if place is None or (claim.device != DISK and place.inventory is None):
+        return Progress(Phase.WAITING, message=f"no standby for {claim.device} is connected")
+    return _phase(Phase.LOADING, state.residencies.get((claim.device, claim.artifact)))
+
+
+def _phase(phase: Phase, record: t.Resolution | t.Transfer | t.Residency | None) -> Progress:
+    problem = record.problem if record is not None else None
+    total_bytes = record.revision.size_bytes if isinstance(record, t.Transfer) else 0
+    return Progress(phase, total_bytes=total_bytes, message=problem.message if problem else "")
+
+
+def _step_word(step: t.Step) -> str:
+    words = {t.Step.RUNNING: "fetching", t.Step.FAILED: "failed", t.Step.REFUSED: "refused"}
+    return words.get(step, "absent")
+
+
+def _remarks(inventory: Inventory | None) -> tuple[str, ...]:
+    if inventory is None:
+        return ("no standby is connected",)
+    remarks = []
+    if not inventory.can_lock:
+        remarks.append(f"memory cannot be locked: {inventory.cannot_lock_reason}")
+    if not inventory.write_protected:
+        remarks.append("the standby's view of the store is writable: a root replica could change files")
+    return tuple(remarks)

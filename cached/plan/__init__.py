@@ -1,0 +1,11 @@
+"""Decisions are pure: ``apply`` works events into the state, ``plan`` says what to do about it.
+
+Owns all policy, in ``decide``; the records and vocabulary are in ``types``, the state and its
+indexes in ``state``. Imports only the words of ``model``: no clock, no I/O, no logging.
+"""
+
+from cached.plan.apply import apply
+from cached.plan.decide import evict_problem, plan
+from cached.plan.state import Place, State
+
+__all__ = ["Place", "State", "apply", "evict_problem", "plan"]

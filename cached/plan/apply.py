@@ -1,0 +1,514 @@
+"""Turns what happened into what is known: ``apply(state, event, now)``.
+
+Owns every change of a State. Decides nothing: no fetch, eviction, load or refusal begins here.
+Pure but for the state that it is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import assert_never
+
+from cached.model import (
+    Artifact,
+    ArtifactId,
+    Claim,
+    ClaimId,
+    ClaimKind,
+    Device,
+    ErrorKind,
+    Inventory,
+    Note,
+    Problem,
+    Ref,
+    Resident,
+    Revision,
+    RevisionKey,
+)
+from cached.plan import types as t
+from cached.plan.ledger import Item
+from cached.plan.state import Place, Proven, Spot, State, transfer_items
+
+FIRST_BACKOFF_S = 1.0
+LAST_BACKOFF_S = 300.0
+
+
+def backoff_s(rounds: int) -> float:
+    """Seconds to wait after ``rounds`` failures in a row: doubling, bounded."""
+    return min(LAST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(max(0, rounds - 1), 20))
+
+
+def apply(state: State, event: t.Event, now: float) -> None:
+    """Work one event into the state. ``now`` is in Unix seconds."""
+    match event:
+        case t.Recovered():
+            _recovered(state, event)
+        case t.CapacitySet(device, capacity_bytes):
+            state.places.setdefault(device, Place(0)).capacity_bytes = capacity_bytes
+        case t.ClaimMade(claim):
+            _claim_made(state, claim)
+        case t.ClaimEnded(claim_id):
+            _claim_ended(state, claim_id)
+        case t.Renewed(claim_id, expires_at):
+            if claim_id in state.claims:
+                state.refile(claim_id, expires_at=expires_at)
+        case t.Held(claim_id, holder):
+            if claim_id in state.claims:
+                state.refile(claim_id, holder=holder)
+        case t.Used(artifact):
+            _used(state, artifact, now)
+        case t.Resolved(revision):
+            _resolved(state, revision, now)
+        case t.ResolveFailed(ref, problem):
+            _resolve_failed(state, ref, problem, now)
+        case t.Fetched():
+            _fetched(state, event)
+        case t.FetchFailed(key, problem):
+            _fetch_failed(state, key, problem, now)
+        case t.FetchStopped(key):
+            _idle(state, key)
+        case t.Discarded(key):
+            _discarded(state, key)
+        case t.Evicted(artifact):
+            _evicted(state, artifact)
+        case t.EvictAsked(artifact):
+            if state.is_verified(artifact) and artifact not in state.claimed:
+                state.evict_asked[artifact] = None
+        case t.Corrupt(digest, reason):
+            state.corrupt[digest] = reason
+        case t.Quarantined(artifacts, leftovers):
+            _quarantined(state, artifacts, leftovers)
+        case t.StandbySeen(inventory, capacity_bytes):
+            _standby_seen(state, inventory, capacity_bytes)
+        case t.StandbyGone(device):
+            _standby_gone(state, device, now)
+        case t.Loaded(device, resident):
+            _loaded(state, device, resident)
+        case t.LoadFailed(device, artifact, problem):
+            _load_failed(state, device, artifact, problem, now)
+        case t.Released(device, artifact):
+            _released(state, device, artifact)
+        case t.Started(action):
+            _started(state, action, now)
+        case _:
+            assert_never(event)
+
+
+# --- start ----------------------------------------------------------------------------------
+
+
+def _recovered(state: State, event: t.Recovered) -> None:
+    for artifact in event.artifacts:
+        _add_artifact(state, artifact)
+    for note in event.notes:
+        _add_note(state, note)
+    for revision in event.leftovers:
+        _add_leftover(state, revision)
+    for claim in event.claims:
+        _restore_claim(state, claim)
+
+
+def _restore_claim(state: State, claim: Claim) -> None:
+    note = state.notes.get(claim.ref)
+    revision = note.revision if note is not None else None
+    if claim.kind is ClaimKind.LEASE:
+        # A lease was answered before the restart. It holds its artifact, not what the ref means today.
+        if claim.artifact in state.artifacts:
+            state.answered.add(claim.id)
+            state.file(claim)
+    elif claim.kind is ClaimKind.PIN:
+        # A pin that was met must not depend on its origin to be restored.
+        state.file(replace(claim, revision=revision, artifact=None, fresh=revision is None))
+    else:
+        state.file(replace(claim, revision=None if claim.fresh else revision, artifact=None))
+
+
+def _add_artifact(state: State, artifact: Artifact) -> None:
+    if artifact.id not in state.artifacts:
+        state.disk.ledger.add(artifact.blobs)
+    state.artifacts[artifact.id] = Proven(artifact)
+
+
+def _add_note(state: State, note: Note) -> None:
+    if note.artifact not in state.artifacts:
+        return
+    before = state.notes.get(note.ref)
+    state.notes[note.ref] = note
+    state.proven[note.revision] = note.artifact
+    if before is not None and before.revision != note.revision:
+        _move_pins(state, before, note)
+
+
+def _move_pins(state: State, before: Note, note: Note) -> None:
+    """A pin holds what its ref means: once a newer revision is proven, it holds that one."""
+    for claim_id in list(state.claimed.get(before.artifact, ())):
+        claim = state.claims[claim_id]
+        if claim.kind is ClaimKind.PIN and claim.ref == note.ref:
+            state.refile(claim_id, revision=note.revision, artifact=None)
+
+
+# --- claims ---------------------------------------------------------------------------------
+
+
+def _claim_made(state: State, claim: Claim) -> None:
+    assert claim.id not in state.claims, claim.id
+    note = state.notes.get(claim.ref)
+    if note is not None and not claim.fresh and claim.revision is None:
+        claim = replace(claim, revision=note.revision)
+    _ask_again(state, claim)
+    state.file(claim)
+
+
+def _ask_again(state: State, claim: Claim) -> None:
+    """Somebody new asks: what failed before deserves another try at once."""
+    resolution = state.resolutions.get(claim.ref)
+    if resolution is not None and resolution.step in (t.Step.FAILED, t.Step.REFUSED):
+        del state.resolutions[claim.ref]
+    artifact = state.proven.get(claim.revision) if claim.revision else None
+    if artifact is not None:
+        _retry_load(state, claim.device, artifact)
+
+
+def _retry_load(state: State, device: Device, artifact: ArtifactId) -> None:
+    residency = state.residencies.get((device, artifact))
+    if residency is not None and residency.step in (t.ResidentStep.FAILED, t.ResidentStep.REFUSED):
+        del state.residencies[device, artifact]
+
+
+def _retry_loads(state: State, artifact: ArtifactId) -> None:
+    for device in state.places:
+        _retry_load(state, device, artifact)
+
+
+def _retry_fetch(state: State, key: RevisionKey) -> None:
+    transfer = state.transfers.get(key)
+    if transfer is not None and transfer.step in (t.Step.FAILED, t.Step.REFUSED):
+        state.put_transfer(replace(transfer, step=t.Step.IDLE, retry_at=0.0, problem=None))
+
+
+def _claim_ended(state: State, claim_id: ClaimId) -> None:
+    claim = state.claims.get(claim_id)
+    if claim is None:
+        return
+    state.unfile(claim)
+    state.answered.discard(claim_id)
+    if claim.revision is not None:
+        _forget_unstarted(state, claim.revision)
+    if claim.revision is None and claim.ref not in state.unresolved:
+        _forget_resolution(state, claim.ref)
+
+
+def _forget_unstarted(state: State, key: RevisionKey) -> None:
+    transfer = state.transfers.get(key)
+    if transfer is None or key in state.unfetched or key in state.running:
+        return
+    if not transfer.reserved:
+        state.drop_transfer(key)
+
+
+def _forget_resolution(state: State, ref: Ref) -> None:
+    resolution = state.resolutions.get(ref)
+    if resolution is not None and resolution.step is not t.Step.RUNNING:
+        del state.resolutions[ref]
+
+
+def _used(state: State, artifact_id: ArtifactId, now: float) -> None:
+    proven = state.artifacts.get(artifact_id)
+    if proven is not None:
+        used = replace(proven.artifact, last_used_at=max(now, proven.artifact.last_used_at))
+        state.artifacts[artifact_id] = replace(proven, artifact=used)
+
+
+# --- resolution and transfer ----------------------------------------------------------------
+
+
+def _resolved(state: State, revision: Revision, now: float) -> None:
+    state.resolutions.pop(revision.ref, None)
+    waiting = state.unresolved.claims(revision.ref)
+    proven = state.proven.get(revision.key)
+    if proven is not None:
+        _add_note(state, Note(revision.ref, revision.key, proven, revision.attested, now))
+    elif waiting and revision.key not in state.transfers:
+        state.put_transfer(t.Transfer(revision, t.Step.IDLE))
+    _retry_fetch(state, revision.key)
+    for claim_id in waiting:
+        if proven is not None:
+            _retry_load(state, state.claims[claim_id].device, proven)
+        state.refile(claim_id, revision=revision.key)
+
+
+def _resolve_failed(state: State, ref: Ref, problem: Problem, now: float) -> None:
+    before = state.resolutions.get(ref)
+    rounds = (before.rounds if before else 0) + 1
+    step, retry_at = _after_failure(problem, rounds, now)
+    state.resolutions[ref] = t.Resolution(step, rounds, retry_at, problem)
+    if ref not in state.unresolved:
+        del state.resolutions[ref]
+
+
+def _after_failure(problem: Problem, rounds: int, now: float) -> tuple[t.Step, float]:
+    if problem.retry_after_s is None:
+        return t.Step.REFUSED, 0.0
+    return t.Step.FAILED, now + max(backoff_s(rounds), problem.retry_after_s)
+
+
+def _fetched(state: State, event: t.Fetched) -> None:
+    current = state.artifacts.get(event.artifact.id)
+    if current is not None and current.step is not t.DiskStep.VERIFIED:
+        # The same content was being taken down while this copy of it was committed: which came last
+        # is not known here, so it is fetched again; what is on disk is found and not transferred.
+        _idle(state, event.revision)
+        return
+    transfer = state.drop_transfer(event.revision)
+    _add_artifact(state, event.artifact)
+    state.disk.ledger.remove(transfer_items(transfer))
+    # A load that failed may have met the copy that was here before.
+    _retry_loads(state, event.artifact.id)
+    _add_note(state, event.note)
+    state.withdrawn.pop(event.note.ref, None)
+    for claim_id in state.unfetched.claims(event.revision):
+        state.refile(claim_id)
+
+
+def _fetch_failed(state: State, key: RevisionKey, problem: Problem, now: float) -> None:
+    transfer = state.transfers[key]
+    rounds = transfer.rounds + 1
+    step, retry_at = _after_failure(problem, rounds, now)
+    state.put_transfer(replace(transfer, step=step, rounds=rounds, retry_at=retry_at, problem=problem))
+
+
+def _idle(state: State, key: RevisionKey) -> None:
+    state.put_transfer(replace(state.transfers[key], step=t.Step.IDLE))
+
+
+def _discarded(state: State, key: RevisionKey) -> None:
+    transfer = state.transfers[key]
+    if key in state.unfetched:
+        state.put_transfer(replace(transfer, step=t.Step.IDLE, reserved=False))
+    else:
+        state.drop_transfer(key)
+
+
+# --- taking down ----------------------------------------------------------------------------
+
+
+def _take_down(state: State, artifact_id: ArtifactId, step: t.DiskStep) -> list[Ref]:
+    state.artifacts[artifact_id] = replace(state.artifacts[artifact_id], step=step)
+    state.evict_asked.pop(artifact_id, None)
+    return state.forget_artifact(artifact_id)
+
+
+def _evicted(state: State, artifact_id: ArtifactId) -> None:
+    state.artifacts.pop(artifact_id, None)
+    _retry_loads(state, artifact_id)
+
+
+def _withdraw(state: State, action: t.Quarantine) -> None:
+    problem = Problem(
+        ErrorKind.DATA_LOSS,
+        "CORRUPT",
+        action.reason,
+        "the content is quarantined and fetched anew where it is claimed; check the disk if it happens again",
+    )
+    for artifact_id in action.artifacts:
+        for ref in _take_down(state, artifact_id, t.DiskStep.QUARANTINING):
+            state.withdrawn[ref] = problem
+
+
+def _quarantined(state: State, artifacts: tuple[ArtifactId, ...], leftovers: tuple[Revision, ...]) -> None:
+    for artifact_id in artifacts:
+        # Counted until here: its good contents may stay as leftovers, and never without being counted.
+        state.disk.ledger.remove(state.artifacts.pop(artifact_id).artifact.blobs)
+        _retry_loads(state, artifact_id)
+        for claim_id in list(state.claimed.get(artifact_id, ())):
+            if claim_id not in state.answered:
+                state.refile(claim_id, revision=None, artifact=None, fresh=True)
+    for revision in leftovers:
+        _add_leftover(state, revision)
+
+
+def _add_leftover(state: State, revision: Revision) -> None:
+    """Count what lies on disk of it, unless its transfer counts it already (or it is being discarded)."""
+    transfer = state.transfers.get(revision.key, t.Transfer(revision, t.Step.IDLE))
+    if not transfer.reserved and transfer.step is not t.Step.STOPPING:
+        transfer = replace(transfer, revision=revision, reserved=True)
+        state.put_transfer(transfer)
+        state.disk.ledger.add(transfer_items(transfer))
+
+
+# --- devices --------------------------------------------------------------------------------
+
+
+def resident_items(state: State, resident: Resident) -> list[Item]:
+    """What a resident counts as: its contents where they are known, else itself."""
+    proven = state.artifacts.get(resident.artifact)
+    return list(proven.artifact.blobs) if proven else [(resident.artifact, resident.size_bytes)]
+
+
+def _standby_seen(state: State, inventory: Inventory, capacity_bytes: int) -> None:
+    device = inventory.device
+    under_way = _under_way(state, inventory)
+    _clear_device(state, device)
+    place = state.places[device] = Place(capacity_bytes, inventory=inventory)
+    for resident in inventory.residents:
+        state.residencies[device, resident.artifact] = t.Residency(
+            t.ResidentStep.RESIDENT, resident.locked, items=tuple(resident_items(state, resident))
+        )
+    state.residencies.update(under_way)
+    for spot, residency in state.residencies.items():
+        if spot[0] == device:
+            place.ledger.add(residency.items)
+    _refile_device(state, device)
+
+
+def _under_way(state: State, inventory: Inventory) -> dict[Spot, t.Residency]:
+    """What a standby that tells again does not settle: loads and releases, which end with their own events,
+    and failures that wait to be tried again."""
+    place = state.places.get(inventory.device)
+    if place is None or place.inventory is None:
+        return {}
+    told = {resident.artifact for resident in inventory.residents}
+    return {
+        spot: residency
+        for spot, residency in state.residencies.items()
+        if spot[0] == inventory.device
+        and residency.step is not t.ResidentStep.RESIDENT
+        and not (residency.problem is not None and spot[1] in told)
+    }
+
+
+def _standby_gone(state: State, device: Device, now: float) -> None:
+    _clear_device(state, device)
+    place = state.places[device]
+    state.places[device] = Place(place.capacity_bytes, gone_at=now)
+    _refile_device(state, device)
+
+
+def _clear_device(state: State, device: Device) -> None:
+    for spot in [spot for spot in state.residencies if spot[0] == device]:
+        del state.residencies[spot]
+
+
+def _refile_device(state: State, device: Device) -> None:
+    """File anew the claims that stand on the device and no longer do, or do now."""
+    for claim in list(state.claims.values()):
+        if claim.device == device and claim.revision is not None and claim.artifact is not None:
+            lacks = state.unloaded.holds((device, claim.artifact), claim.id)
+            if lacks == state.is_resident(device, claim.artifact):
+                state.refile(claim.id)
+
+
+def _loaded(state: State, device: Device, resident: Resident) -> None:
+    residency = state.residencies.get((device, resident.artifact))
+    if residency is None or residency.step is not t.ResidentStep.LOADING:
+        return
+    state.residencies[device, resident.artifact] = replace(
+        residency, step=t.ResidentStep.RESIDENT, locked=resident.locked, rounds=0
+    )
+    for claim_id in state.unloaded.claims((device, resident.artifact)):
+        state.refile(claim_id)
+
+
+def _load_failed(state: State, device: Device, artifact: ArtifactId, problem: Problem, now: float) -> None:
+    residency = state.residencies.get((device, artifact))
+    if residency is None or residency.step is not t.ResidentStep.LOADING:
+        return
+    state.places[device].ledger.remove(residency.items)
+    if artifact not in state.artifacts:
+        del state.residencies[device, artifact]
+        return
+    rounds = residency.rounds + 1
+    step, retry_at = _after_failure(problem, rounds, now)
+    after = t.ResidentStep.REFUSED if step is t.Step.REFUSED else t.ResidentStep.FAILED
+    state.residencies[device, artifact] = t.Residency(after, False, rounds, retry_at, problem)
+
+
+def _released(state: State, device: Device, artifact: ArtifactId) -> None:
+    residency = state.residencies.get((device, artifact))
+    if residency is not None and residency.step is t.ResidentStep.RELEASING:
+        del state.residencies[device, artifact]
+        state.places[device].ledger.remove(residency.items)
+
+
+# --- actions that have begun ----------------------------------------------------------------
+
+
+def _started(state: State, action: t.Action, now: float) -> None:
+    match action:
+        case t.Resolve(ref):
+            before = state.resolutions.get(ref, t.Resolution(t.Step.IDLE))
+            state.resolutions[ref] = replace(before, step=t.Step.RUNNING, problem=None)
+        case t.Fetch(revision):
+            _fetch_started(state, revision)
+        case t.StopFetch(key):
+            state.put_transfer(replace(state.transfers[key], step=t.Step.STOPPING))
+        case t.Discard(key):
+            transfer = state.transfers[key]
+            state.disk.ledger.remove(transfer_items(transfer))
+            state.put_transfer(replace(transfer, step=t.Step.STOPPING, reserved=False))
+        case t.Evict(artifact):
+            state.disk.ledger.remove(state.artifacts[artifact].artifact.blobs)
+            _take_down(state, artifact, t.DiskStep.EVICTING)
+        case t.Quarantine(_, digest):
+            _withdraw(state, action)
+            state.corrupt.pop(digest)
+        case t.Load(device, artifact):
+            _load_started(state, device, artifact)
+        case t.Release(device, artifact):
+            _release_started(state, device, artifact)
+        case t.CannotFetch(key, problem):
+            _fetch_failed(state, key, problem, now)
+        case t.CannotLoad(device, artifact, problem):
+            _cannot_load(state, device, artifact, problem, now)
+        case t.Grant(claim_id):
+            _granted(state, claim_id, now)
+        case t.Refuse(claim_id) | t.Expire(claim_id):
+            _claim_ended(state, claim_id)
+        case t.Refresh(ref):
+            # The claim that the shell makes for it follows at once; until then the note counts as new.
+            state.notes[ref] = replace(state.notes[ref], resolved_at=now)
+        case _:
+            assert_never(action)
+
+
+def _fetch_started(state: State, revision: Revision) -> None:
+    transfer = state.transfers[revision.key]
+    if not transfer.reserved:
+        state.disk.ledger.add(transfer_items(transfer))
+    state.put_transfer(replace(transfer, step=t.Step.RUNNING, reserved=True, problem=None))
+
+
+def _load_started(state: State, device: Device, artifact: ArtifactId) -> None:
+    items = tuple(state.artifacts[artifact].artifact.blobs)
+    before = state.residencies.get((device, artifact))
+    state.places[device].ledger.add(items)
+    state.residencies[device, artifact] = t.Residency(
+        t.ResidentStep.LOADING, rounds=before.rounds if before else 0, items=items
+    )
+
+
+def _release_started(state: State, device: Device, artifact: ArtifactId) -> None:
+    residency = state.residencies[device, artifact]
+    state.residencies[device, artifact] = replace(residency, step=t.ResidentStep.RELEASING)
+    # Claims that stood on it now lack it again.
+    for claim in state.claims_on(device, artifact):
+        state.refile(claim.id)
+
+
+def _cannot_load(state: State, device: Device, artifact: ArtifactId, problem: Problem, now: float) -> None:
+    before = state.residencies.get((device, artifact))
+    rounds = (before.rounds if before else 0) + 1
+    step, retry_at = _after_failure(problem, rounds, now)
+    after = t.ResidentStep.REFUSED if step is t.Step.REFUSED else t.ResidentStep.FAILED
+    state.residencies[device, artifact] = t.Residency(after, False, rounds, retry_at, problem)
+
+
+def _granted(state: State, claim_id: ClaimId, now: float) -> None:
+    claim = state.claims[claim_id]
+    assert claim.artifact is not None
+    _used(state, claim.artifact, now)
+    if claim.kind is ClaimKind.LEASE:
+        state.ready.pop(claim_id)
+        state.answered.add(claim_id)
+    else:
+        _claim_ended(state, claim_id)

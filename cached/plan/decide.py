@@ -1,0 +1,441 @@
+"""All policy: ``plan(state, now)`` compares claims with facts and says what to do next.
+
+Owns every decision: what to resolve, fetch first, stop, evict, load where, release, grant, refuse.
+Pure: reads the state, changes nothing, imports no clock, no I/O and no logging. Once its actions
+have been applied as started, it plans nothing more until something happens or time passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from cached.model import (
+    DISK,
+    HOST,
+    ArtifactId,
+    Claim,
+    ClaimId,
+    ClaimKind,
+    Device,
+    Digest,
+    ErrorKind,
+    Problem,
+    RevisionKey,
+    is_digest,
+)
+from cached.plan import types as t
+from cached.plan.ledger import Item, Ledger
+from cached.plan.state import Place, Spot, State, transfer_items
+
+MOST_ROUNDS = 5
+"""A prefetch is given up after this many failed transfers; pins go on for ever, ever more slowly."""
+STANDBY_WAIT_S = 15.0
+"""How long a lease waits for a device whose standby is not connected."""
+REFRESH_AFTER_S = 300.0
+"""How old a noted resolution may be before its use makes the daemon ask the origin in the background."""
+ROOM_RETRY_S = 30.0
+
+
+def plan(state: State, now: float) -> list[t.Action]:
+    """What to do now. ``now`` is in Unix seconds."""
+    return _Draft(state, now).decide()
+
+
+class _Draft:
+    """One tick's decisions, with what they already use up."""
+
+    def __init__(self, state: State, now: float) -> None:
+        self.state = state
+        self.now = now
+        self.actions: list[t.Action] = []
+        self.ended: set[ClaimId] = set()
+        self.disk = state.disk.ledger.draft()
+        self.tainted: set[ArtifactId] = set()
+        self.making_room = False
+        self.moving: set[Device] = set()
+
+    def decide(self) -> list[t.Action]:
+        self._expire()
+        self._quarantine()
+        self._answer()
+        self._resolve()
+        self._fetch()
+        self._withdraw_residents()
+        self._load()
+        self._evict_asked()
+        return self.actions
+
+    def _refuse(self, claim: Claim, problem: Problem) -> None:
+        if claim.id not in self.ended:
+            self.ended.add(claim.id)
+            self.actions.append(t.Refuse(claim.id, problem))
+
+    # --- claims -----------------------------------------------------------------------------
+
+    def _expire(self) -> None:
+        for claim_id in self.state.timed:
+            expires_at = self.state.claims[claim_id].expires_at
+            if expires_at is not None and expires_at <= self.now:
+                self.ended.add(claim_id)
+                self.actions.append(t.Expire(claim_id))
+
+    def _answer(self) -> None:
+        refreshed: set[str] = set()
+        for claim_id in self.state.ready:
+            claim = self.state.claims[claim_id]
+            if claim_id in self.ended or claim.artifact is None or not self._is_sound(claim.artifact):
+                continue
+            self.actions.append(t.Grant(claim_id))
+            if claim.kind is ClaimKind.PREFETCH:
+                self.ended.add(claim_id)
+            note = self.state.notes.get(claim.ref)
+            if note is None or note.artifact in self.tainted or note.ref in refreshed:
+                continue
+            if note.resolved_at + REFRESH_AFTER_S <= self.now:
+                refreshed.add(note.ref)
+                self.actions.append(t.Refresh(note.ref))
+
+    def _tell(self, claims: Iterable[ClaimId], record: t.Resolution | t.Transfer | t.Residency) -> bool:
+        """Refuse whom a failure concerns; whether somebody is left for whom to try again."""
+        problem = record.problem
+        assert problem is not None
+        left = False
+        for claim_id in claims:
+            claim = self.state.claims[claim_id]
+            final = problem.retry_after_s is None or record.rounds >= MOST_ROUNDS
+            waits = claim.kind is ClaimKind.LEASE and claim_id not in self.state.answered
+            if waits or (claim.kind is ClaimKind.PREFETCH and final):
+                self._refuse(claim, problem)
+            elif claim_id not in self.ended:
+                left = True
+        return left and problem.retry_after_s is not None
+
+    # --- resolution -------------------------------------------------------------------------
+
+    def _resolve(self) -> None:
+        resolutions = self.state.resolutions
+        slots = self.state.resolve_slots - sum(r.step is t.Step.RUNNING for r in resolutions.values())
+        for ref in self.state.unresolved.in_order():
+            record = resolutions.get(ref)
+            if record is not None and record.step is t.Step.RUNNING:
+                continue
+            if record is not None and record.problem is not None:
+                again = self._tell(self.state.unresolved.claims(ref), record)
+                if not again or record.retry_at > self.now:
+                    continue
+            if slots > 0 and self._any_left(self.state.unresolved.claims(ref)):
+                slots -= 1
+                self.actions.append(t.Resolve(ref))
+
+    # --- transfers --------------------------------------------------------------------------
+
+    def _fetch(self) -> None:
+        slots = self.state.fetch_slots - len(self.state.running)
+        self._stop_unclaimed()
+        for key in [key for key in self.state.unfetched.in_order() if self._wants_fetch(key)]:
+            if slots > 0:
+                slots -= self._start(self.state.transfers[key])
+            elif self.state.unfetched.urgent(key):
+                self._preempt()
+            if self.making_room:
+                # Whoever is first in line for room gets it; what is behind would eat it up.
+                return
+
+    def _wants_fetch(self, key: RevisionKey) -> bool:
+        transfer = self.state.transfers[key]
+        if transfer.problem is None:
+            return transfer.step is t.Step.IDLE and self._wanted(key)
+        again = self._tell(self.state.unfetched.claims(key), transfer)
+        return again and transfer.retry_at <= self.now
+
+    def _stop_unclaimed(self) -> None:
+        for key in self.state.running:
+            if self.state.transfers[key].step is t.Step.RUNNING and not self._wanted(key):
+                self.actions.append(t.StopFetch(key))
+
+    def _wanted(self, key: RevisionKey) -> bool:
+        return self._any_left(self.state.unfetched.claims(key))
+
+    def _any_left(self, claims: Iterable[ClaimId]) -> bool:
+        """Whether one of them is not ended by what was decided so far."""
+        return any(claim_id not in self.ended for claim_id in claims)
+
+    def _preempt(self) -> None:
+        """Stop the newest background transfer for one that somebody waits for; it resumes later."""
+        transfers = [self.state.transfers[key] for key in self.state.running]
+        stopping = any(isinstance(a, t.StopFetch) for a in self.actions)
+        if stopping or any(r.step is t.Step.STOPPING for r in transfers):
+            return
+        background = [r for r in transfers if not self.state.unfetched.urgent(r.revision.key)]
+        if background:
+            self.actions.append(t.StopFetch(background[-1].revision.key))
+
+    def _start(self, transfer: t.Transfer) -> int:
+        """Fetch it, or make room for it, or say that it cannot fit. Returns the slots taken."""
+        key = transfer.revision.key
+        items = transfer_items(transfer)
+        need_bytes = 0 if transfer.reserved else self.disk.missing_bytes(items)
+        capacity_bytes = self.state.disk.capacity_bytes
+        if self.disk.used_bytes + need_bytes <= capacity_bytes:
+            if not transfer.reserved:
+                self.disk.add(items)
+            background = not self.state.unfetched.urgent(key)
+            self.actions.append(t.Fetch(transfer.revision, background))
+            return 1
+        claimed = self._claimed_on_disk(transfer)
+        if claimed.missing_bytes(items) + claimed.used_bytes > capacity_bytes:
+            self._cannot_fetch(transfer, self._no_room_on_disk(transfer, claimed))
+        else:
+            self._make_room_on_disk(
+                f"room for {_gb(transfer.revision.size_bytes)} of {transfer.revision.ref}"
+            )
+        return 0
+
+    def _cannot_fetch(self, transfer: t.Transfer, problem: Problem) -> None:
+        key = transfer.revision.key
+        self.actions.append(t.CannotFetch(key, problem))
+        failed = replace(transfer, problem=problem, rounds=transfer.rounds + 1)
+        self._tell(self.state.unfetched.claims(key), failed)
+
+    def _claimed_on_disk(self, but: t.Transfer) -> Ledger:
+        """What may not be evicted: claimed artifacts, transfers that are wanted and reserved."""
+        ledger = Ledger()
+        for artifact_id in self.state.claimed:
+            if self.state.is_verified(artifact_id) and self._claimed(artifact_id):
+                ledger.add(self.state.artifacts[artifact_id].artifact.blobs)
+        for key, transfer in self.state.transfers.items():
+            if transfer.reserved and transfer is not but and self._wanted(key):
+                ledger.add(transfer_items(transfer))
+        return ledger
+
+    def _claimed(self, artifact_id: ArtifactId) -> bool:
+        return self._any_left(self.state.claimed.get(artifact_id, ()))
+
+    def _no_room_on_disk(self, transfer: t.Transfer, claimed: Ledger) -> Problem:
+        need_bytes = sum(dict(transfer_items(transfer)).values())
+        capacity_bytes = self.state.disk.capacity_bytes
+        never = need_bytes > capacity_bytes
+        return Problem(
+            ErrorKind.NO_ROOM,
+            "DISK_CAPACITY",
+            f"{transfer.revision.ref} needs {_gb(need_bytes)} on disk; "
+            f"the capacity is {_gb(capacity_bytes)}, of which {_gb(claimed.used_bytes)} are claimed by others",
+            "raise [store] capacity_bytes or take a smaller model"
+            if never
+            else "unpin or stop something ('cachectl ls' shows the claims), or raise [store] capacity_bytes",
+            None if never else ROOM_RETRY_S,
+        )
+
+    def _make_room_on_disk(self, why: str) -> None:
+        """Begin with one victim: a leftover first, else the coldest unclaimed artifact."""
+        self.making_room = True
+        if self._disk_in_motion() or not all(map(self._wanted, self.state.running)):
+            return
+        for key in self.state.idle_transfers:
+            transfer = self.state.transfers[key]
+            if transfer.reserved and not self._wanted(key):
+                self._discard(key, transfer)
+                return
+        idle = (a for a in self.state.artifacts if not self._claimed(a) and self.state.is_verified(a))
+        coldest = min(idle, key=self._last_used, default=None)
+        if coldest is not None:
+            self._take_down(coldest, why)
+
+    def _discard(self, key: RevisionKey, transfer: t.Transfer) -> None:
+        drop = tuple(Digest(k) for k in self.disk.only_in(transfer_items(transfer)) if is_digest(k))
+        self.actions.append(t.Discard(key, drop))
+
+    def _last_used(self, artifact_id: ArtifactId) -> tuple[float, str]:
+        return self.state.artifacts[artifact_id].artifact.last_used_at, artifact_id
+
+    def _take_down(self, artifact_id: ArtifactId, why: str) -> None:
+        """Evict it, after releasing it from devices."""
+        spots = self.state.devices_of(artifact_id)
+        busy = [s for s in spots if self.state.residencies[s].step in _BUSY]
+        for spot in busy:
+            if self.state.residencies[spot].step is t.ResidentStep.RESIDENT:
+                self._release(spot, why)
+        if not busy:
+            blobs = self.state.artifacts[artifact_id].artifact.blobs
+            drop = tuple(Digest(k) for k in self.disk.only_in(blobs))
+            self.disk.remove(blobs)
+            self.actions.append(t.Evict(artifact_id, drop, why))
+
+    # --- devices ----------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        ledgers = {d: place.ledger.draft() for d, place in self.state.places.items() if d != DISK}
+        loading = [s for s, r in self.state.residencies.items() if r.step is t.ResidentStep.LOADING]
+        slots = {d: self.state.load_slots - sum(s[0] == d for s in loading) for d in ledgers}
+        self.moving = {s[0] for s, r in self.state.residencies.items() if r.step is t.ResidentStep.RELEASING}
+        self.moving |= {a.device for a in self.actions if isinstance(a, t.Release)}
+        for spot in self.state.unloaded.in_order():
+            place = self.state.places.get(spot[0])
+            if place is None or place.inventory is None:
+                self._no_standby(spot, place)
+            elif self._wants_load(spot) and slots[spot[0]] > 0 and spot[0] not in self.moving:
+                slots[spot[0]] -= self._load_one(spot, place, ledgers[spot[0]])
+
+    def _wants_load(self, spot: Spot) -> bool:
+        if not self._is_sound(spot[1]):
+            return False
+        residency = self.state.residencies.get(spot)
+        if residency is None:
+            return self._any_left(self.state.unloaded.claims(spot))
+        if residency.problem is None:
+            return False
+        again = self._tell(self.state.unloaded.claims(spot), residency)
+        return again and residency.retry_at <= self.now
+
+    def _no_standby(self, spot: Spot, place: Place | None) -> None:
+        for claim_id in self.state.unloaded.claims(spot):
+            claim = self.state.claims[claim_id]
+            since = max(claim.made_at, place.gone_at if place else 0.0)
+            waits = claim.kind is ClaimKind.LEASE and claim_id not in self.state.answered
+            if waits and since + STANDBY_WAIT_S <= self.now:
+                self._refuse(claim, _no_standby_problem(spot[0]))
+
+    def _load_one(self, spot: Spot, place: Place, ledger: Ledger) -> int:
+        """Load it, or make room for it, or say that it cannot fit. Returns the slots taken."""
+        device, artifact_id = spot
+        items: list[Item] = list(self.state.artifacts[artifact_id].artifact.blobs)
+        if ledger.used_bytes + ledger.missing_bytes(items) <= place.capacity_bytes:
+            ledger.add(items)
+            self.actions.append(t.Load(device, artifact_id))
+            return 1
+        claimed = self._claimed_on(device, artifact_id)
+        if claimed.used_bytes + claimed.missing_bytes(items) > place.capacity_bytes:
+            problem = _no_room_on_device(device, artifact_id, items, place.capacity_bytes, claimed.used_bytes)
+            self._cannot_load(spot, problem)
+            return 0
+        self.moving.add(device)
+        idle = [s for s in self._residents(device) if not self._claimed_there(s)]
+        if idle:
+            self._release(min(idle, key=lambda s: self._coldness(s[1])), f"room for {artifact_id}")
+        return 0
+
+    def _cannot_load(self, spot: Spot, problem: Problem) -> None:
+        self.actions.append(t.CannotLoad(spot[0], spot[1], problem))
+        before = self.state.residencies.get(spot)
+        rounds = (before.rounds if before else 0) + 1
+        failed = t.Residency(t.ResidentStep.FAILED, rounds=rounds, problem=problem)
+        self._tell(self.state.unloaded.claims(spot), failed)
+
+    def _coldness(self, artifact_id: ArtifactId) -> tuple[float, str]:
+        if artifact_id in self.state.artifacts:
+            return self._last_used(artifact_id)
+        return 0.0, artifact_id
+
+    def _residents(self, device: Device) -> list[Spot]:
+        steps = self.state.residencies.items()
+        return [s for s, r in steps if s[0] == device and r.step is t.ResidentStep.RESIDENT]
+
+    def _claimed_on(self, device: Device, but: ArtifactId) -> Ledger:
+        """What may not be released: loading or claimed residents of the device, without this one."""
+        ledger = Ledger()
+        for spot, residency in self.state.residencies.items():
+            claimed = self._claimed_there(spot) or residency.step is t.ResidentStep.LOADING
+            if spot[0] == device and spot[1] != but and claimed:
+                ledger.add(residency.items)
+        return ledger
+
+    def _claimed_there(self, spot: Spot) -> bool:
+        return self._any_left(claim.id for claim in self.state.claims_on(*spot))
+
+    def _release(self, spot: Spot, why: str) -> None:
+        action = t.Release(spot[0], spot[1], why)
+        if not any(isinstance(a, t.Release) and (a.device, a.artifact) == spot for a in self.actions):
+            self.actions.append(action)
+
+    def _withdraw_residents(self) -> None:
+        """Memory of what is not (or no longer) proven on disk is given back."""
+        for spot, residency in self.state.residencies.items():
+            if residency.step is t.ResidentStep.RESIDENT and not self._is_sound(spot[1]):
+                self._release(spot, "it is not proven on disk")
+
+    # --- taking down ------------------------------------------------------------------------
+
+    def _quarantine(self) -> None:
+        for digest, reason in self.state.corrupt.items():
+            hit = [
+                artifact_id
+                for artifact_id, proven in self.state.artifacts.items()
+                if proven.step is t.DiskStep.VERIFIED and any(d == digest for d, _ in proven.artifact.blobs)
+            ]
+            hit = [artifact_id for artifact_id in hit if artifact_id not in self.tainted]
+            self.tainted.update(hit)
+            self.actions.append(t.Quarantine(tuple(hit), digest, reason))
+
+    def _is_sound(self, artifact_id: ArtifactId) -> bool:
+        return self.state.is_verified(artifact_id) and artifact_id not in self.tainted
+
+    def _evict_asked(self) -> None:
+        if not self.state.evict_asked or self.making_room or self._disk_in_motion():
+            return
+        self._take_down(next(iter(self.state.evict_asked)), "an operator asked for it")
+
+    def _disk_in_motion(self) -> bool:
+        """One eviction at a time: whether something is being taken down, or leaves a device for that."""
+        state = self.state
+        evicting = any(p.step is not t.DiskStep.VERIFIED for p in state.artifacts.values())
+        discarding = any(not r.reserved and r.step is t.Step.STOPPING for r in state.transfers.values())
+        releasing = any(r.step is t.ResidentStep.RELEASING for r in state.residencies.values())
+        planned = any(isinstance(a, t.Quarantine | t.Discard | t.Evict | t.Release) for a in self.actions)
+        return evicting or discarding or releasing or planned
+
+
+_BUSY = (t.ResidentStep.LOADING, t.ResidentStep.RESIDENT, t.ResidentStep.RELEASING)
+
+
+def _no_standby_problem(device: Device) -> Problem:
+    return Problem(
+        ErrorKind.UNAVAILABLE,
+        "NO_STANDBY",
+        f"no standby for {device} has been connected for {STANDBY_WAIT_S:.0f} s",
+        "start 'preloader serve' with the same run directory (or 'cached serve --with-preloader'), "
+        "or acquire with on='disk'",
+        STANDBY_WAIT_S,
+    )
+
+
+def _no_room_on_device(
+    device: Device, artifact_id: ArtifactId, items: list[Item], capacity_bytes: int, claimed_bytes: int
+) -> Problem:
+    need_bytes = sum(dict(items).values())
+    never = need_bytes > capacity_bytes
+    raise_it = "raise [standby] host_capacity_bytes" if device == HOST else "use a larger device"
+    return Problem(
+        ErrorKind.NO_ROOM,
+        "DEVICE_CAPACITY",
+        f"{artifact_id} needs {_gb(need_bytes)} on {device}; the capacity is {_gb(capacity_bytes)}, "
+        f"of which {_gb(claimed_bytes)} are claimed by others",
+        raise_it if never else f"unpin or stop something on {device} ('cachectl ls' shows it), or {raise_it}",
+        None if never else ROOM_RETRY_S,
+    )
+
+
+def evict_problem(state: State, artifact_id: ArtifactId) -> Problem | None:
+    """Why an operator's eviction is refused: the claims on it, with their holders; None if it is not."""
+    claims = [state.claims[c] for c in state.claimed.get(artifact_id, ())]
+    if not claims:
+        return None
+    return Problem(
+        ErrorKind.FAILED,
+        "CLAIMED",
+        f"{claims[0].ref} is claimed by " + "; ".join(_claim_words(c) for c in claims[:20]),
+        "end the holders, or 'cachectl unpin' the pin, then evict again",
+    )
+
+
+def _claim_words(claim: Claim) -> str:
+    holder = f" of {claim.holder.words()}" if claim.holder else ""
+    return f"a {claim.kind.value} on {claim.device}{holder}"
+
+
+def _gb(size_bytes: int) -> str:
+    """Bytes for people, in decimal units."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size_bytes >= size:
+            return f"{size_bytes / size:.2f} {unit}"
+    return f"{size_bytes} B"

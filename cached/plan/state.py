@@ -1,0 +1,225 @@
+"""What the planner knows: claims, facts about disk and memory, and indexes that keep a tick cheap.
+
+Owns the shape of the state and the filing of claims under what each still lacks. Pure: no clock,
+no I/O. Only ``apply`` changes a state; ``decide`` and the views read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
+
+from cached.model import (
+    DISK,
+    Artifact,
+    ArtifactId,
+    Claim,
+    ClaimId,
+    ClaimKind,
+    Device,
+    Digest,
+    Inventory,
+    Note,
+    Problem,
+    Ref,
+    RevisionKey,
+)
+from cached.plan.ledger import Item, Ledger
+from cached.plan.types import DiskStep, Residency, ResidentStep, Resolution, Step, Transfer
+
+K = TypeVar("K")
+Spot = tuple[Device, ArtifactId]
+"""One artifact on one device."""
+
+
+class Queue(Generic[K]):
+    """Claims that lack the same thing, by what they lack; what a lease waits for comes first."""
+
+    __slots__ = ("_claims", "_leases")
+
+    def __init__(self) -> None:
+        self._claims: dict[K, dict[ClaimId, None]] = {}
+        self._leases: dict[K, int] = {}
+
+    def add(self, key: K, claim: Claim) -> None:
+        self._claims.setdefault(key, {})[claim.id] = None
+        if claim.kind is ClaimKind.LEASE:
+            self._leases[key] = self._leases.get(key, 0) + 1
+
+    def remove(self, key: K, claim: Claim) -> None:
+        del self._claims[key][claim.id]
+        if not self._claims[key]:
+            del self._claims[key]
+        if claim.kind is ClaimKind.LEASE:
+            self._leases[key] -= 1
+            if not self._leases[key]:
+                del self._leases[key]
+
+    def claims(self, key: K) -> tuple[ClaimId, ...]:
+        return tuple(self._claims.get(key, ()))
+
+    def holds(self, key: K, claim: ClaimId) -> bool:
+        return claim in self._claims.get(key, ())
+
+    def urgent(self, key: K) -> bool:
+        return key in self._leases
+
+    def in_order(self) -> Iterator[K]:
+        """Keys that leases wait for, then the others, each in order of arrival."""
+        yield from self._leases
+        yield from (key for key in self._claims if key not in self._leases)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._claims
+
+    def __len__(self) -> int:
+        return len(self._claims)
+
+
+@dataclass(slots=True)
+class Place:
+    """One device's budget. ``inventory`` is None for the disk and while no standby is connected."""
+
+    capacity_bytes: int
+    ledger: Ledger = field(default_factory=Ledger)
+    inventory: Inventory | None = None
+    gone_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Proven:
+    """An artifact that is (or was a moment ago) on disk and proven."""
+
+    artifact: Artifact
+    step: DiskStep = DiskStep.VERIFIED
+
+
+class State:
+    """Everything that is decided upon. Made empty; filled by events."""
+
+    def __init__(self, fetch_slots: int, resolve_slots: int = 2, load_slots: int = 1) -> None:
+        self.fetch_slots = fetch_slots
+        self.resolve_slots = resolve_slots
+        self.load_slots = load_slots
+        self.claims: dict[ClaimId, Claim] = {}
+        self.answered: set[ClaimId] = set()
+        self.artifacts: dict[ArtifactId, Proven] = {}
+        self.notes: dict[Ref, Note] = {}
+        self.proven: dict[RevisionKey, ArtifactId] = {}
+        self.resolutions: dict[Ref, Resolution] = {}
+        self.transfers: dict[RevisionKey, Transfer] = {}
+        self.places: dict[Device, Place] = {DISK: Place(0)}
+        self.residencies: dict[Spot, Residency] = {}
+        self.corrupt: dict[Digest, str] = {}
+        self.withdrawn: dict[Ref, Problem] = {}
+        self.evict_asked: dict[ArtifactId, None] = {}
+        # Indexes, kept by the methods below.
+        self.claimed: dict[ArtifactId, dict[ClaimId, None]] = {}
+        self.unresolved: Queue[Ref] = Queue()
+        self.unfetched: Queue[RevisionKey] = Queue()
+        self.unloaded: Queue[Spot] = Queue()
+        self.ready: dict[ClaimId, None] = {}
+        self.timed: dict[ClaimId, None] = {}
+        self.running: dict[RevisionKey, None] = {}
+        self.idle_transfers: dict[RevisionKey, None] = {}
+
+    @property
+    def disk(self) -> Place:
+        return self.places[DISK]
+
+    # --- claims -----------------------------------------------------------------------------
+
+    def file(self, claim: Claim) -> None:
+        """Put a claim under the first thing that it lacks, binding it to what is known by now."""
+        if claim.revision is not None and claim.artifact is None and claim.revision in self.proven:
+            claim = replace(claim, artifact=self.proven[claim.revision])
+        self.claims[claim.id] = claim
+        if claim.expires_at is not None:
+            self.timed[claim.id] = None
+        if claim.revision is None:
+            self.unresolved.add(claim.ref, claim)
+        elif claim.artifact is None:
+            self.unfetched.add(claim.revision, claim)
+        else:
+            self.claimed.setdefault(claim.artifact, {})[claim.id] = None
+            self.evict_asked.pop(claim.artifact, None)
+            self._file_on_device(claim, claim.artifact)
+
+    def _file_on_device(self, claim: Claim, artifact: ArtifactId) -> None:
+        if claim.device != DISK and not self.is_resident(claim.device, artifact):
+            self.unloaded.add((claim.device, artifact), claim)
+        elif claim.kind is not ClaimKind.PIN and claim.id not in self.answered:
+            self.ready[claim.id] = None
+
+    def unfile(self, claim: Claim) -> None:
+        """Take a claim out of every index; the inverse of ``file``."""
+        self.ready.pop(claim.id, None)
+        self.timed.pop(claim.id, None)
+        if claim.revision is None:
+            self.unresolved.remove(claim.ref, claim)
+        elif claim.artifact is None:
+            self.unfetched.remove(claim.revision, claim)
+        else:
+            self._unfile_on_device(claim, claim.artifact)
+        del self.claims[claim.id]
+
+    def _unfile_on_device(self, claim: Claim, artifact: ArtifactId) -> None:
+        spot = (claim.device, artifact)
+        if self.unloaded.holds(spot, claim.id):
+            self.unloaded.remove(spot, claim)
+        holders = self.claimed[artifact]
+        del holders[claim.id]
+        if not holders:
+            del self.claimed[artifact]
+
+    def refile(self, claim_id: ClaimId, **changes: object) -> None:
+        claim = self.claims[claim_id]
+        self.unfile(claim)
+        self.file(replace(claim, **changes))  # type: ignore[arg-type]
+
+    def claims_on(self, device: Device, artifact: ArtifactId) -> list[Claim]:
+        """The claims that want this artifact on this very device."""
+        found = (self.claims[c] for c in self.claimed.get(artifact, ()))
+        return [claim for claim in found if claim.device == device]
+
+    # --- facts ------------------------------------------------------------------------------
+
+    def is_resident(self, device: Device, artifact: ArtifactId) -> bool:
+        residency = self.residencies.get((device, artifact))
+        return residency is not None and residency.step is ResidentStep.RESIDENT
+
+    def is_verified(self, artifact: ArtifactId) -> bool:
+        proven = self.artifacts.get(artifact)
+        return proven is not None and proven.step is DiskStep.VERIFIED
+
+    def devices_of(self, artifact: ArtifactId) -> list[Spot]:
+        return [(d, artifact) for d in self.places if (d, artifact) in self.residencies]
+
+    def put_transfer(self, transfer: Transfer) -> None:
+        """Replace a transfer's record; keeps the indexes of running and idle ones."""
+        key = transfer.revision.key
+        self.transfers[key] = transfer
+        active = transfer.step in (Step.RUNNING, Step.STOPPING)
+        (self.running if active else self.idle_transfers)[key] = None
+        (self.idle_transfers if active else self.running).pop(key, None)
+
+    def drop_transfer(self, key: RevisionKey) -> Transfer:
+        self.running.pop(key, None)
+        self.idle_transfers.pop(key, None)
+        return self.transfers.pop(key)
+
+    def forget_artifact(self, artifact: ArtifactId) -> list[Ref]:
+        """Forget every resolution that led to it; returns the refs that did."""
+        refs = [ref for ref, note in self.notes.items() if note.artifact == artifact]
+        for ref in refs:
+            del self.notes[ref]
+        for key in [key for key, proven in self.proven.items() if proven == artifact]:
+            del self.proven[key]
+        return refs
+
+
+def transfer_items(transfer: Transfer) -> list[Item]:
+    """The contents that a transfer brings to disk."""
+    revision = transfer.revision
+    return [(revision.content_key(i), f.size_bytes) for i, f in enumerate(revision.files)]

@@ -1,0 +1,389 @@
+"""The planner's vocabulary: what can happen (events), what can be done (actions), what is known (records).
+
+Owns these types and nothing else; frozen, so that a plan can be compared, logged and replayed.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from cached.model import (
+    Artifact,
+    ArtifactId,
+    Claim,
+    ClaimId,
+    Device,
+    Digest,
+    Holder,
+    Inventory,
+    Note,
+    Problem,
+    Ref,
+    Resident,
+    Revision,
+    RevisionKey,
+)
+
+# --- records --------------------------------------------------------------------------------
+
+
+class Step(enum.Enum):
+    """Where one piece of work (a resolution, a transfer, a load) stands."""
+
+    IDLE = "idle"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    FAILED = "failed"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """A ref on its way to a revision. ``rounds`` counts failures in a row."""
+
+    step: Step
+    rounds: int = 0
+    retry_at: float = 0.0
+    problem: Problem | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A revision on its way to disk, or its leftovers there; ``reserved`` once its bytes are counted."""
+
+    revision: Revision
+    step: Step
+    reserved: bool = False
+    rounds: int = 0
+    retry_at: float = 0.0
+    problem: Problem | None = None
+
+
+class ResidentStep(enum.Enum):
+    LOADING = "loading"
+    RESIDENT = "resident"
+    RELEASING = "releasing"
+    FAILED = "failed"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """One artifact on one device."""
+
+    step: ResidentStep
+    locked: bool = False
+    rounds: int = 0
+    retry_at: float = 0.0
+    problem: Problem | None = None
+    items: tuple[tuple[str, int], ...] = ()
+    """What it counts as in the device's ledger; empty where it counts nothing."""
+
+
+class DiskStep(enum.Enum):
+    """Where a proven artifact stands."""
+
+    VERIFIED = "verified"
+    EVICTING = "evicting"
+    QUARANTINING = "quarantining"
+
+
+# --- events ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What a start found on disk."""
+
+    artifacts: tuple[Artifact, ...]
+    notes: tuple[Note, ...]
+    claims: tuple[Claim, ...]
+    leftovers: tuple[Revision, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CapacitySet:
+    device: Device
+    capacity_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimMade:
+    claim: Claim
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimEnded:
+    claim: ClaimId
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    claim: ClaimId
+    expires_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A lease's holder was seen."""
+
+    claim: ClaimId
+    holder: Holder
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """Somebody used the artifact at this moment."""
+
+    artifact: ArtifactId
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    revision: Revision
+
+
+@dataclass(frozen=True, slots=True)
+class ResolveFailed:
+    ref: Ref
+    problem: Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    revision: RevisionKey
+    artifact: Artifact
+    note: Note
+
+
+@dataclass(frozen=True, slots=True)
+class FetchFailed:
+    revision: RevisionKey
+    problem: Problem
+
+
+@dataclass(frozen=True, slots=True)
+class FetchStopped:
+    """A transfer was cancelled; what it wrote is still there."""
+
+    revision: RevisionKey
+
+
+@dataclass(frozen=True, slots=True)
+class Discarded:
+    revision: RevisionKey
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    artifact: ArtifactId
+
+
+@dataclass(frozen=True, slots=True)
+class EvictAsked:
+    """An operator wants it gone; forgotten when a claim comes in between."""
+
+    artifact: ArtifactId
+
+
+@dataclass(frozen=True, slots=True)
+class Corrupt:
+    """A content on disk is not what its digest says."""
+
+    digest: Digest
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """``leftovers``: the contents that were not corrupt, kept for fetching the rest anew."""
+
+    artifacts: tuple[ArtifactId, ...]
+    leftovers: tuple[Revision, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StandbySeen:
+    """A standby is connected and told what it holds, or told again."""
+
+    inventory: Inventory
+    capacity_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StandbyGone:
+    device: Device
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    device: Device
+    resident: Resident
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    device: Device
+    artifact: ArtifactId
+    problem: Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    device: Device
+    artifact: ArtifactId
+
+
+# --- actions --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Resolve:
+    ref: Ref
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """``background``: nobody waits for it."""
+
+    revision: Revision
+    background: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StopFetch:
+    revision: RevisionKey
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Remove a transfer's leftovers, and the committed contents that nothing else needs."""
+
+    revision: RevisionKey
+    drop: tuple[Digest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """Take an artifact down, and the contents that nothing else needs."""
+
+    artifact: ArtifactId
+    drop: tuple[Digest, ...]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    artifacts: tuple[ArtifactId, ...]
+    digest: Digest
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    device: Device
+    artifact: ArtifactId
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    device: Device
+    artifact: ArtifactId
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class CannotFetch:
+    """The disk cannot take this revision now."""
+
+    revision: RevisionKey
+    problem: Problem
+
+
+@dataclass(frozen=True, slots=True)
+class CannotLoad:
+    """The device cannot take this artifact now."""
+
+    device: Device
+    artifact: ArtifactId
+    problem: Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The claim's artifact stands where it was asked for: a lease is handed out, a prefetch is done."""
+
+    claim: ClaimId
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Tell the claim's maker why not; the claim ends."""
+
+    claim: ClaimId
+    problem: Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Expire:
+    claim: ClaimId
+
+
+@dataclass(frozen=True, slots=True)
+class Refresh:
+    """A noted resolution was used that is old: ask the origin in the background."""
+
+    ref: Ref
+
+
+Action = (
+    Resolve
+    | Fetch
+    | StopFetch
+    | Discard
+    | Evict
+    | Quarantine
+    | Load
+    | Release
+    | CannotFetch
+    | CannotLoad
+    | Grant
+    | Refuse
+    | Expire
+    | Refresh
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The shell has begun an action; until its outcome comes, the planner counts on it."""
+
+    action: Action
+
+
+Event = (
+    Recovered
+    | CapacitySet
+    | ClaimMade
+    | ClaimEnded
+    | Renewed
+    | Held
+    | Used
+    | Resolved
+    | ResolveFailed
+    | Fetched
+    | FetchFailed
+    | FetchStopped
+    | Discarded
+    | Evicted
+    | EvictAsked
+    | Corrupt
+    | Quarantined
+    | StandbySeen
+    | StandbyGone
+    | Loaded
+    | LoadFailed
+    | Released
+    | Started
+)

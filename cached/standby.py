@@ -1,0 +1,280 @@
+"""Client of one standby: what it holds, what it is to load and release, and duplicates of its descriptors.
+
+Owns the connection to one device's process and the descriptors received from it, which keep the memory's
+files at hand whatever becomes of the standby. Starts no process and decides nothing; protobuf stays in here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from cached import fds
+from cached.model import (
+    ArtifactId,
+    CachedError,
+    Device,
+    ErrorKind,
+    Inventory,
+    Problem,
+    Resident,
+    temporary,
+)
+from preloader.v1 import standby_pb2, standby_pb2_grpc
+
+MAX_ASKING = 4
+ASK_TIMEOUT_S = 600.0
+"""For one exchange on the descriptor socket: an unlocked resident is proven again within it."""
+RELEASE_TIMEOUT_S = 60.0
+LINGER_S = 30.0
+"""How long a forgotten descriptor stays open: a handoff that was given its number may still be sending it."""
+
+# A stopped process keeps its socket open; pings tell it from a quiet one.
+_OPTIONS = (
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+_KINDS = {
+    grpc.StatusCode.UNAVAILABLE: ErrorKind.UNAVAILABLE,
+    grpc.StatusCode.INVALID_ARGUMENT: ErrorKind.INVALID,
+    grpc.StatusCode.NOT_FOUND: ErrorKind.NOT_FOUND,
+    grpc.StatusCode.DATA_LOSS: ErrorKind.DATA_LOSS,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ErrorKind.NO_ROOM,
+    grpc.StatusCode.PERMISSION_DENIED: ErrorKind.DENIED,
+    grpc.StatusCode.DEADLINE_EXCEEDED: ErrorKind.DEADLINE,
+    grpc.StatusCode.FAILED_PRECONDITION: ErrorKind.PRECONDITION,
+}
+
+
+def device_sockets(run_dir: Path) -> dict[Device, Path]:
+    """The standbys' sockets as they can be found now; one may have nobody behind it."""
+    paths = sorted((run_dir / "standby").glob("[!.]*.sock"))
+    return {_device(path): path for path in paths if not path.name.endswith(".fds.sock")}
+
+
+def _device(path: Path) -> Device:
+    kind, dash, rest = path.stem.partition("-")
+    return Device(f"{kind}:{rest}" if dash else kind)
+
+
+class Standby:
+    """One standby, over one connection. Used from one event loop.
+
+    Every method raises CachedError; a temporary one with reason STANDBY_GONE where nobody answers.
+    """
+
+    def __init__(self, device: Device, socket_path: Path, linger_s: float = LINGER_S) -> None:
+        self.device = device
+        self._fds_path = socket_path.with_name(f"{socket_path.stem}.fds.sock")
+        self._linger_s = linger_s
+        self._channel = grpc.aio.insecure_channel(f"unix:{socket_path.absolute()}", options=_OPTIONS)
+        self._stub = standby_pb2_grpc.StandbyStub(self._channel)
+        self._threads = ThreadPoolExecutor(MAX_ASKING, f"standby-{device}")
+        self._asking: dict[ArtifactId, asyncio.Task[tuple[int, ...]]] = {}
+        self._connections: set[socket.socket] = set()
+        self._kept: dict[ArtifactId, tuple[int, ...]] = {}
+        self._locked: set[ArtifactId] = set()
+        self._closed = False
+
+    async def watch(self) -> AsyncIterator[Inventory]:
+        """What the standby holds, at once and after every change, until it is gone: that is an error."""
+        call = self._stub.Watch(standby_pb2.WatchRequest())
+        try:
+            async for message in call:
+                inventory = _inventory(message)
+                self._locked = {r.artifact for r in inventory.residents if r.locked}
+                yield inventory
+        except grpc.aio.AioRpcError as error:
+            raise self._translate(error) from error
+        finally:
+            call.cancel()
+            self._locked.clear()
+        raise self._gone("it ended its watch")
+
+    async def load(self, artifact: ArtifactId, on_progress: Callable[[int, int], None]) -> Resident:
+        """Make an artifact resident; ``on_progress`` hears (bytes done, in all). Cancelling undoes it."""
+        call = self._stub.Load(standby_pb2.LoadRequest(artifact_id=artifact))
+        try:
+            async for event in call:
+                if event.WhichOneof("event") == "done":
+                    return self._loaded(_resident(event.done))
+                on_progress(event.progress.bytes_done, event.progress.bytes_total)
+        except grpc.aio.AioRpcError as error:
+            raise self._translate(error) from error
+        finally:
+            call.cancel()
+        raise self._gone("it ended a load without a result")
+
+    async def release(self, artifact: ArtifactId) -> None:
+        """Give its memory back. Harmless where it is not resident. Kept descriptors stay until ``forget``."""
+        self._locked.discard(artifact)
+        request = standby_pb2.ReleaseRequest(artifact_id=artifact)
+        try:
+            await self._stub.Release(request, timeout=RELEASE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise self._translate(error) from error
+
+    async def descriptors(self, artifact: ArtifactId) -> tuple[int, ...]:
+        """A descriptor of each distinct blob, in the manifest's order. They stay ours; do not close them.
+
+        Of a locked resident, kept ones are good; any other is asked for anew: that proves it again.
+        """
+        kept = self._kept.get(artifact)
+        if kept is not None and artifact in self._locked:
+            return kept
+        asking = self._asking.get(artifact)
+        if asking is None:
+            asking = asyncio.create_task(self._ask_and_keep(artifact))
+            self._asking[artifact] = asking
+            asking.add_done_callback(lambda task: self._asked(artifact, task))
+        # One proof serves all who ask meanwhile, and goes on when one of them gives up.
+        return await asyncio.shield(asking)
+
+    def forget(self, artifact: ArtifactId) -> None:
+        """Close the kept descriptors, once nobody can be sending them any more."""
+        self._locked.discard(artifact)
+        self._close_later(self._kept.pop(artifact, ()))
+
+    def forget_all(self) -> None:
+        for artifact in list(self._kept):
+            self.forget(artifact)
+
+    async def close(self) -> None:
+        """End the connection. What is being asked ends with an error; kept descriptors are forgotten."""
+        self._closed = True
+        for connection in list(self._connections):
+            _shut_down(connection)  # wakes the thread that waits on it
+        await asyncio.gather(*self._asking.values(), return_exceptions=True)
+        self.forget_all()
+        self._threads.shutdown(wait=False)
+        await self._channel.close()
+
+    # --- descriptors --------------------------------------------------------------------------
+
+    async def _ask_and_keep(self, artifact: ArtifactId) -> tuple[int, ...]:
+        loop = asyncio.get_running_loop()
+        received = await loop.run_in_executor(self._threads, self._ask, artifact)
+        kept = self._kept.get(artifact)
+        if kept is not None and _same_files(kept, received):
+            _close_all(received)
+            return kept
+        self._close_later(self._kept.pop(artifact, ()))
+        self._kept[artifact] = received
+        return received
+
+    def _asked(self, artifact: ArtifactId, task: asyncio.Task[tuple[int, ...]]) -> None:
+        self._asking.pop(artifact, None)
+        if not task.cancelled():
+            task.exception()  # seen, also where everyone who waited has given up
+
+    def _ask(self, artifact: ArtifactId) -> tuple[int, ...]:
+        """In a thread: one exchange on the descriptor socket."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._connections.add(connection)
+        try:
+            connection.settimeout(ASK_TIMEOUT_S)
+            connection.connect(str(self._fds_path))
+            if self._closed:  # from here on, close() wakes this thread
+                raise self._gone("the connection is closed")
+            fds.send(connection, {"id": artifact})
+            header, received = fds.receive(connection)
+        except (OSError, fds.FramingError) as error:
+            raise self._gone(str(error)) from error
+        finally:
+            self._connections.discard(connection)
+            connection.close()
+        if "error" in header:
+            _close_all(tuple(received))
+            raise _from_header(header["error"])
+        return tuple(received)
+
+    def _close_later(self, descriptors: tuple[int, ...]) -> None:
+        if descriptors:
+            asyncio.get_running_loop().call_later(self._linger_s, _close_all, descriptors)
+
+    # --- answers --------------------------------------------------------------------------------
+
+    def _loaded(self, resident: Resident) -> Resident:
+        change = self._locked.add if resident.locked else self._locked.discard
+        change(resident.artifact)
+        return resident
+
+    def _gone(self, why: str) -> CachedError:
+        return temporary(
+            "STANDBY_GONE",
+            f"the standby for {self.device} is gone: {why}",
+            "see that the preloader runs with the same run directory; its log says why it ended",
+            retry_after_s=0.5,
+        )
+
+    def _translate(self, error: grpc.aio.AioRpcError) -> CachedError:
+        """What a call ended with. Without a reason it did not come from the standby, but instead of it."""
+        trailing = {key: str(value) for key, value in error.trailing_metadata() or ()}
+        details = error.details() or str(error.code())
+        if "cached-reason" in trailing:
+            retry = trailing.get("cached-retry-after-s")
+            return CachedError(
+                Problem(
+                    _KINDS.get(error.code(), ErrorKind.FAILED),
+                    trailing["cached-reason"],
+                    details,
+                    trailing.get("cached-hint", ""),
+                    float(retry) if retry is not None else None,
+                )
+            )
+        return self._gone(details)
+
+
+def _inventory(message: standby_pb2.Inventory) -> Inventory:
+    return Inventory(
+        device=Device(message.device),
+        pid=message.pid,
+        limit_bytes=message.limit_bytes,
+        can_lock=message.can_lock,
+        cannot_lock_reason=message.cannot_lock_reason,
+        write_protected=message.write_protected,
+        residents=tuple(map(_resident, message.residents)),
+    )
+
+
+def _resident(message: standby_pb2.Resident) -> Resident:
+    return Resident(ArtifactId(message.artifact_id), message.bytes, message.locked)
+
+
+def _from_header(error: dict[str, Any]) -> CachedError:
+    retry = error.get("retry_after_s")
+    kind, reason = ErrorKind(error["kind"]), str(error["reason"])
+    return CachedError(Problem(kind, reason, str(error["message"]), str(error["hint"]), retry))
+
+
+def _same_files(left: tuple[int, ...], right: tuple[int, ...]) -> bool:
+    return [_identity(fd) for fd in left] == [_identity(fd) for fd in right]
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def _close_all(descriptors: tuple[int, ...]) -> None:
+    for fd in descriptors:
+        os.close(fd)
+
+
+def _shut_down(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # not connected yet, or gone already
+        connection.shutdown(socket.SHUT_RDWR)

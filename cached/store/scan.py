@@ -1,0 +1,296 @@
+"""The start: makes disk and memory agree on what is proven, and finishes what a crash interrupted.
+
+Owns what is kept and what goes: manifests whose blobs are all there, blobs that an artifact or a
+transfer names, trees and notes as the manifests say. What is damaged is put aside with a reason;
+what is ours and unneeded is removed; what is not ours is left alone and reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from cached.durable import is_temporary_name, remove_tree
+from cached.model import (
+    Artifact,
+    ArtifactId,
+    CachedError,
+    Claim,
+    Digest,
+    Note,
+    Ref,
+    Revision,
+    RevisionKey,
+    artifact_id,
+    is_digest,
+)
+from cached.store.layout import NEW_TREE, PENDING, Head, Ingest, Intent, Scan, TakenDown, decode, encode
+from cached.store.shelf import Shelf, check_paths
+
+
+@dataclass(frozen=True, slots=True)
+class _Blob:
+    sha256: Digest
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    path: str
+    blob: _Blob
+
+
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    """A manifest without what makes it long: a start reads them all, tensors and chunks it does not need."""
+
+    id: ArtifactId
+    ref: Ref
+    revision: RevisionKey
+    attested: bool
+    files: tuple[_File, ...]
+
+
+class _Found(NamedTuple):
+    manifest: _Manifest
+    used_at: float
+
+
+def scan(shelf: Shelf, now: float) -> Scan:
+    """Look at everything once. Raises CachedError where the disk refuses, FsyncFailed where it lies."""
+    return _Scan(shelf, now).run()
+
+
+class _Scan:
+    """One start. The steps run in the order of ``run``; each relies on those before it."""
+
+    def __init__(self, shelf: Shelf, now: float) -> None:
+        self._shelf, self._fs, self._at = shelf, shelf.fs, shelf.at
+        self._now = now
+        self._found: dict[ArtifactId, _Found] = {}
+        self._notes: dict[Ref, Note] = {}
+        self._sizes: dict[Digest, int] = {}
+        self._kept: set[Digest] = set()
+        self._quarantined: list[TakenDown] = []
+        self._problems: list[str] = []
+
+    def run(self) -> Scan:
+        self._settle()
+        self._read_notes()
+        self._finish_quarantines()
+        self._read_manifests()
+        self._read_blob_sizes()
+        self._check_blobs()
+        self._mend_trees()
+        self._mend_notes()
+        ingests = tuple(self._ingests())
+        self._remove_unneeded()
+        claims = tuple(self._claims())
+        found = [self._found[key] for key in sorted(self._found)]
+        return Scan(
+            artifacts=tuple(_artifact(f) for f in found),
+            heads=tuple(_head(f.manifest) for f in found),
+            notes=tuple(self._notes.values()),
+            claims=claims,
+            ingests=ingests,
+            quarantined=tuple(self._quarantined),
+            problems=tuple(self._problems),
+        )
+
+    def _settle(self) -> None:
+        # A process that was killed between a rename or an unlink and its fsync left a name that this
+        # scan sees and a power cut could still take back. What is decided upon below has to stay so.
+        for directory in (self._at.artifacts, self._at.claims, self._at.quarantine):
+            self._fs.sync_dir(directory)
+
+    def _finish_quarantines(self) -> None:
+        for name in self._fs.list_dir(self._at.quarantine):
+            if name.startswith(PENDING):
+                intent = self._shelf.finish_quarantine(self._at.quarantine / name)
+                for artifact in intent.artifacts if intent else ():
+                    self._report(artifact, intent.reason if intent else "")
+
+    def _report(self, artifact: ArtifactId, reason: str) -> None:
+        found = self._found.get(artifact)
+        noted = (ref for ref, note in self._notes.items() if note.artifact == artifact)
+        ref = found.manifest.ref if found else next(noted, Ref(""))
+        self._quarantined.append(TakenDown(artifact, ref, reason))
+
+    # --- manifests and their blobs ----------------------------------------------------------
+
+    def _records(self, directory: Path, suffix: str) -> Iterator[tuple[str, Path]]:
+        """(stem, path) of the records in a directory; clears scratch files, reports strangers."""
+        for name in self._fs.list_dir(directory):
+            path = directory / name
+            if is_temporary_name(name):
+                self._fs.unlink(path)
+            elif name.endswith(suffix) and self._fs.size_bytes(path) is not None:
+                yield name.removesuffix(suffix), path
+            elif not (directory == self._at.artifacts and name.endswith(".revision")):
+                self._problems.append(f"{path} is not ours; it was left alone")
+
+    def _read_manifests(self) -> None:
+        for stem, path in self._records(self._at.artifacts, ".json"):
+            if not is_digest(stem):
+                self._problems.append(f"{path} is not ours; it was left alone")
+                continue
+            artifact = ArtifactId(f"sha256:{stem}")
+            manifest = decode(self._fs.read_file(path), _Manifest)
+            wrong = _fault(manifest, artifact)
+            if manifest is not None and wrong is None:
+                self._found[artifact] = _Found(manifest, self._fs.modified_at(path))
+            else:
+                reason = f"{path.name}: {wrong}"
+                self._report(artifact, reason)
+                self._shelf.set_aside(path, f"manifest-{stem}", reason, self._now)
+
+    def _read_blob_sizes(self) -> None:
+        for name, size_bytes in self._fs.files_under(self._at.blobs).items():
+            directory, _, digest = name.partition("/")
+            if is_digest(digest) and digest[:2] == directory:
+                self._sizes[Digest(digest)] = size_bytes
+            else:
+                self._problems.append(f"{self._at.blobs / name} is not ours; it was left alone")
+
+    def _check_blobs(self) -> None:
+        owners: dict[Digest, list[ArtifactId]] = {}
+        damaged: dict[Digest, str] = {}
+        for artifact, (manifest, _) in self._found.items():
+            for blob in {file.blob for file in manifest.files}:
+                owners.setdefault(blob.sha256, []).append(artifact)
+                size_bytes = self._sizes.get(blob.sha256)
+                if size_bytes is None:
+                    damaged[blob.sha256] = f"blob {blob.sha256} is missing"
+                elif size_bytes != blob.size_bytes:
+                    wrong = f"blob {blob.sha256} has {size_bytes} bytes where {blob.size_bytes} were proven"
+                    damaged[blob.sha256] = wrong
+        for digest, reason in damaged.items():
+            self._take_down(digest, reason, tuple(sorted(set(owners[digest]))))
+
+    def _take_down(self, digest: Digest, reason: str, owners: tuple[ArtifactId, ...]) -> None:
+        if self._sizes.pop(digest, None) is None:
+            self._shelf.take_down(owners, digest)
+        else:
+            self._shelf.quarantine(Intent(digest, reason, self._now, owners))
+        for artifact in owners:
+            self._report(artifact, reason)
+            self._found.pop(artifact, None)
+
+    # --- what follows from manifests --------------------------------------------------------
+
+    def _mend_trees(self) -> None:
+        for name in self._fs.list_dir(self._at.trees):
+            known = name.startswith(NEW_TREE) or is_digest(name)
+            if not known:
+                self._problems.append(f"{self._at.trees / name} is not ours; it was left alone")
+            elif ArtifactId(f"sha256:{name}") not in self._found:
+                remove_tree(self._fs, self._at.trees / name)
+        for artifact, (manifest, _) in self._found.items():
+            tree = self._at.tree(artifact)
+            should = {file.path: file.blob.size_bytes for file in manifest.files}
+            if not self._fs.is_dir(tree) or self._fs.files_under(tree) != should:
+                self._shelf.build_tree(artifact, ((f.path, f.blob.sha256) for f in manifest.files))
+
+    def _read_notes(self) -> None:
+        for stem, path in self._records(self._at.refs, ".json"):
+            note = decode(self._fs.read_file(path), Note)
+            if note is not None and path == self._at.note(note.ref):
+                self._notes[note.ref] = note
+            elif is_digest(stem):
+                self._fs.unlink(path)  # a power cut can empty a note; it is made again below
+
+    def _mend_notes(self) -> None:
+        for ref in [ref for ref, note in self._notes.items() if note.artifact not in self._found]:
+            self._fs.unlink(self._at.note(ref))
+            del self._notes[ref]
+        for found in sorted(self._found.values(), key=lambda f: f.used_at, reverse=True):
+            m = found.manifest
+            if m.ref not in self._notes:
+                # Resolved long ago, for all anyone knows: whoever cares asks the origin soon.
+                note = Note(m.ref, m.revision, m.id, m.attested, resolved_at=0.0)
+                self._shelf.put(self._at.note(m.ref), encode(note))
+                self._notes[m.ref] = note
+
+    # --- transfers, claims, and the rest ----------------------------------------------------
+
+    def _ingests(self) -> Iterator[Ingest]:
+        owned = {file.blob.sha256 for found in self._found.values() for file in found.manifest.files}
+        for name in self._fs.list_dir(self._at.ingest):
+            if not is_digest(name):
+                self._problems.append(f"{self._at.ingest / name} is not ours; it was left alone")
+                continue
+            revision = self._revision(RevisionKey(name))
+            if revision is not None:
+                blobs = self._blobs_of(revision)
+                self._kept |= blobs
+                part_bytes = self._part_bytes(revision.key)
+                yield Ingest(revision, part_bytes + sum(self._sizes[digest] for digest in blobs - owned))
+        self._kept |= owned
+
+    def _revision(self, key: RevisionKey) -> Revision | None:
+        path = self._at.revision(key)
+        revision = decode(self._fs.read_file(path), Revision) if self._fs.size_bytes(path) else None
+        if revision is not None and revision.key == key:
+            return revision
+        try:
+            self._shelf.remove_transfer(key)
+        except CachedError as error:
+            # A worker of the daemon before this one has not ended yet; the next start removes it.
+            self._problems.append(f"{self._at.transfer(key)} has no readable revision: {error}")
+        return None
+
+    def _blobs_of(self, revision: Revision) -> set[Digest]:
+        named = (
+            spec.sha256 or self._shelf.journal(revision.key, index).done
+            for index, spec in enumerate(revision.files)
+        )
+        return {digest for digest in named if digest is not None and digest in self._sizes}
+
+    def _part_bytes(self, key: RevisionKey) -> int:
+        files = self._fs.files_under(self._at.transfer(key))
+        return sum(size_bytes for name, size_bytes in files.items() if name.endswith(".part"))
+
+    def _remove_unneeded(self) -> None:
+        for digest in self._sizes.keys() - self._kept:
+            self._fs.unlink(self._at.blob(digest))
+        for name in self._fs.list_dir(self._at.artifacts):
+            stem, _, suffix = name.partition(".")
+            if suffix == "revision" and ArtifactId(f"sha256:{stem}") not in self._found:
+                self._fs.unlink(self._at.artifacts / name)
+
+    def _claims(self) -> Iterator[Claim]:
+        for stem, path in self._records(self._at.claims, ".json"):
+            claim = decode(self._fs.read_file(path), Claim)
+            if claim is not None and claim.id == stem:
+                yield claim
+            else:
+                reason = f"{path} is not the record of a claim; it was moved to {self._at.quarantine}"
+                self._problems.append(reason)
+                self._shelf.set_aside(path, f"claim-{stem}", reason, self._now)
+
+
+def _fault(manifest: _Manifest | None, artifact: ArtifactId) -> str | None:
+    """What is wrong with a manifest that is filed under this id."""
+    if manifest is None:
+        return "this is not the record of an artifact"
+    files = [(f.path, f.blob.size_bytes, f.blob.sha256) for f in manifest.files]
+    if not manifest.id == artifact == artifact_id(files):
+        return "its files do not add up to its id"
+    if not all(is_digest(digest) for _, _, digest in files):
+        return "it names a blob by something that is no digest"
+    try:
+        check_paths([path for path, _, _ in files])
+    except CachedError as error:
+        return str(error)
+    return None
+
+
+def _artifact(found: _Found) -> Artifact:
+    blobs = {f.blob.sha256: f.blob.size_bytes for f in found.manifest.files}
+    return Artifact(found.manifest.id, tuple(blobs.items()), found.used_at)
+
+
+def _head(manifest: _Manifest) -> Head:
+    return Head(manifest.id, manifest.ref, manifest.revision, manifest.attested)

@@ -1,0 +1,251 @@
+"""Brings content up and takes it down, in the order in which a crash at any point does no harm.
+
+Owns the sequences: what is written, synced, renamed and removed after what. Keeps nothing in memory
+but where the store lies; whatever it needs to know, it is told or reads from disk.
+
+Up: blob, then tree, then manifest; the manifest's rename is the commit point. Down: manifest and the
+fsync of its directory, then tree, then blobs. Trees and notes can be made again from manifests, so
+they are written without waiting for the disk, and every start checks them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import xxhash
+
+from cached.durable import FILE_MODE, RETRY_BUSY_S, Fs, remove_tree, replace_file, temporary_name
+from cached.model import (
+    CHUNK_BYTES,
+    ArtifactId,
+    Blob,
+    CachedError,
+    Digest,
+    ErrorKind,
+    Manifest,
+    Revision,
+    RevisionKey,
+    check_relative_path,
+    permanent,
+    temporary,
+)
+from cached.store.layout import (
+    PENDING,
+    Intent,
+    Journal,
+    Layout,
+    SetAside,
+    decode,
+    encode,
+    format_journal,
+    parse_journal,
+)
+
+PRIVATE_MODE = 0o700
+TREE_MODE = 0o555
+PIECE_BYTES = 1024 * 1024
+MOST_ALIKE = 10_000
+"""Quarantined records of one name; a disk that damages one content more often than this is no disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """The store's directory on one file system."""
+
+    fs: Fs
+    at: Layout
+
+    # --- small files ------------------------------------------------------------------------
+
+    def put(self, path: Path, data: bytes) -> None:
+        """Replace a file so that no reader sees half of it. A power cut may lose or empty it: for what
+        can be made again."""
+        scratch = temporary_name(path)
+        self.fs.write_file(scratch, data, FILE_MODE)
+        self.fs.rename(scratch, path)
+
+    def journal(self, key: RevisionKey, index: int) -> Journal:
+        path = self.at.journal(key, index)
+        return parse_journal(self.fs.read_file(path) if self.fs.size_bytes(path) else b"")
+
+    def manifest(self, artifact: ArtifactId) -> Manifest | None:
+        path = self.at.manifest(artifact)
+        if self.fs.size_bytes(path) is None:
+            return None
+        return decode(self.fs.read_file(path), Manifest)
+
+    # --- up ---------------------------------------------------------------------------------
+
+    def prove(self, digest: Digest) -> Blob:
+        """Read a blob and say what it really is."""
+        whole, chunk, room_bytes = hashlib.sha256(), xxhash.xxh3_128(), CHUNK_BYTES
+        chunks: list[str] = []
+        size_bytes = 0
+        for piece in self.fs.read_pieces(self.at.blob(digest), PIECE_BYTES):
+            whole.update(piece)
+            size_bytes += len(piece)
+            while piece:
+                chunk.update(piece[:room_bytes])
+                room_bytes, piece = room_bytes - len(piece[:room_bytes]), piece[room_bytes:]
+                if room_bytes == 0:
+                    chunks.append(chunk.hexdigest())
+                    chunk, room_bytes = xxhash.xxh3_128(), CHUNK_BYTES
+        if room_bytes < CHUNK_BYTES:
+            chunks.append(chunk.hexdigest())
+        return Blob(Digest(whole.hexdigest()), size_bytes, tuple(chunks))
+
+    def build_tree(self, artifact: ArtifactId, files: Iterable[tuple[str, Digest]]) -> None:
+        """Hard links under the original names, in read-only directories, seen all at once."""
+        new, tree = self.at.new_tree(artifact), self.at.tree(artifact)
+        remove_tree(self.fs, new)
+        remove_tree(self.fs, tree)
+        named = list(files)
+        parents = {new / PurePosixPath(path).parent for path, _ in named}
+        for directory in sorted({new, *parents}):
+            self.fs.make_dir(directory)
+        for path, digest in named:
+            self.fs.link(self.at.blob(digest), new / path)
+        for directory in _with_parents(parents, new):
+            self.fs.chmod(directory, TREE_MODE)
+        self.fs.rename(new, tree)
+
+    # --- down -------------------------------------------------------------------------------
+
+    def take_down(self, artifacts: Collection[ArtifactId], damaged: Digest) -> tuple[Revision, ...]:
+        """Artifacts that lost a blob. Their other contents stay, as transfers that only lack that one."""
+        leftovers = [self._keep_rest(artifact, damaged) for artifact in artifacts]
+        self.unlist(artifacts)
+        for artifact in artifacts:
+            remove_tree(self.fs, self.at.tree(artifact))
+        # Synced, for a tree that came back after a power cut would show the damaged content under the
+        # same name as its successor.
+        self.fs.sync_dir(self.at.trees)
+        return tuple(revision for revision in leftovers if revision is not None)
+
+    def unlist(self, artifacts: Collection[ArtifactId]) -> None:
+        """Durably no artifacts any more; nothing else may be removed before this."""
+        for artifact in artifacts:
+            self.fs.unlink(self.at.manifest(artifact), missing_ok=True)
+        self.fs.sync_dir(self.at.artifacts)
+        for artifact in artifacts:
+            self.fs.unlink(self.at.origin(artifact), missing_ok=True)
+
+    def _keep_rest(self, artifact: ArtifactId, damaged: Digest) -> Revision | None:
+        manifest, path = self.manifest(artifact), self.at.origin(artifact)
+        revision = decode(self.fs.read_file(path), Revision) if self.fs.size_bytes(path) else None
+        if manifest is None or revision is None or len(manifest.files) != len(revision.files):
+            return None
+        blobs = {file.path: file.blob for file in manifest.files}
+        self.fs.make_dir(self.at.transfer(revision.key), PRIVATE_MODE)
+        for index, spec in enumerate(revision.files):
+            blob = blobs.get(spec.path)
+            if blob is not None and blob.sha256 != damaged:
+                self.put(self.at.journal(revision.key, index), format_journal(blob))
+        self.put(self.at.revision(revision.key), encode(revision))
+        return revision
+
+    def remove_transfer(self, key: RevisionKey) -> None:
+        """Refused with ``INGEST_BUSY`` (temporary) while a worker writes to it."""
+        directory = self.at.transfer(key)
+        if not self.fs.is_dir(directory):
+            return
+        for name in self.fs.list_dir(directory):
+            if name.endswith(".part") and self.fs.is_locked(directory / name):
+                raise _busy(directory / name)
+        remove_tree(self.fs, directory)
+
+    # --- aside ------------------------------------------------------------------------------
+
+    def quarantine(self, intent: Intent) -> tuple[Revision, ...]:
+        """Take artifacts down and put their damaged blob away, with the reason beside it.
+
+        The intent is durable before anything else happens: else a crash midway would leave a damaged
+        blob that looks like an unneeded one.
+        """
+        pending = self._free_name(intent.digest, intent.at)
+        self.fs.make_dir(pending, PRIVATE_MODE)
+        replace_file(self.fs, pending / "reason.json", encode(intent))
+        self.fs.sync_dir(self.at.quarantine)
+        return self._finish(pending, intent)
+
+    def finish_quarantine(self, pending: Path) -> Intent | None:
+        """Go on where a crash stopped a quarantine; None where it stopped before it meant anything."""
+        path = pending / "reason.json"
+        intent = decode(self.fs.read_file(path), Intent) if self.fs.size_bytes(path) else None
+        if intent is None:
+            remove_tree(self.fs, pending)
+            return None
+        self._finish(pending, intent)
+        return intent
+
+    def _finish(self, pending: Path, intent: Intent) -> tuple[Revision, ...]:
+        leftovers = self.take_down(intent.artifacts, intent.digest)
+        blob, kept = self.at.blob(intent.digest), pending / "blob"
+        if kept.name in self.fs.list_dir(pending):
+            # Moved before, and a power cut brought the old name back. Renaming one name of a file
+            # over another does nothing, so the old one is unlinked.
+            self.fs.unlink(blob, missing_ok=True)
+        elif blob.name in self.fs.list_dir(blob.parent):
+            self.fs.rename(blob, kept)
+        self.fs.sync_dir(pending)
+        self.fs.sync_dir(blob.parent)
+        self.fs.rename(pending, pending.with_name(pending.name.removeprefix(PENDING)))
+        self.fs.sync_dir(self.at.quarantine)
+        return leftovers
+
+    def set_aside(self, path: Path, label: str, reason: str, now: float) -> None:
+        """Put a record that cannot be read into quarantine."""
+        pending = self._free_name(label, now)
+        place = pending.with_name(pending.name.removeprefix(PENDING))
+        self.fs.make_dir(place, PRIVATE_MODE)
+        replace_file(self.fs, place / "reason.json", encode(SetAside(path.name, reason, now)))
+        self.fs.rename(path, place / path.name)
+        for directory in (place, path.parent, self.at.quarantine):
+            self.fs.sync_dir(directory)
+
+    def _free_name(self, label: str, now: float) -> Path:
+        taken = {name.removeprefix(PENDING) for name in self.fs.list_dir(self.at.quarantine)}
+        for second in range(int(now), int(now) + MOST_ALIKE):
+            if f"{label}.{second}" not in taken:
+                return self.at.quarantine / f"{PENDING}{label}.{second}"
+        raise permanent(
+            ErrorKind.FAILED,
+            "QUARANTINE_FULL",
+            f"{self.at.quarantine} holds {MOST_ALIKE} records of {label}",
+            "this disk damages what is written to it: look at it, then empty the directory",
+        )
+
+
+def check_paths(paths: Collection[str]) -> None:
+    """Refuse names that cannot stand in one tree together. Raises CachedError (INVALID)."""
+    parents: set[str] = set()
+    for path in paths:
+        check_relative_path(path)
+        parents.update(str(parent) for parent in PurePosixPath(path).parents)
+    twice = parents.intersection(paths) or (set(paths) if len(set(paths)) != len(paths) else set())
+    if twice:
+        raise permanent(
+            ErrorKind.INVALID,
+            "UNSAFE_PATH",
+            f"the origin names {min(twice)!r} both as a file and as something else",
+            "mend the origin's listing: every name once, and no file where another needs a directory",
+        )
+
+
+def _with_parents(directories: Iterable[Path], top: Path) -> list[Path]:
+    """All directories from these up to ``top``, the deepest first."""
+    found = {top}
+    for directory in directories:
+        while directory not in found:
+            found.add(directory)
+            directory = directory.parent
+    return sorted(found, key=lambda directory: -len(directory.parts))
+
+
+def _busy(path: Path) -> CachedError:
+    return temporary(
+        "INGEST_BUSY", f"a worker still writes to {path}", "wait until it has ended", RETRY_BUSY_S
+    )

@@ -1,0 +1,349 @@
+"""The room's face: one object that owns the data directory for as long as it is open.
+
+Owns the lock and the index of what is committed; every sequence of changes is ``shelf``'s. Not for two
+threads at once. Times are Unix seconds and arrive as arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from cached.durable import Fs, remove_tree, replace_file
+from cached.model import (
+    Artifact,
+    ArtifactId,
+    Blob,
+    CachedError,
+    Claim,
+    ClaimId,
+    Digest,
+    ErrorKind,
+    Manifest,
+    Note,
+    Ref,
+    Revision,
+    RevisionKey,
+    artifact_id,
+    permanent,
+    temporary,
+)
+from cached.store.layout import VERSION, IngestPlan, Intent, Layout, Scan, Withdrawn, decode, encode
+from cached.store.scan import scan
+from cached.store.shelf import PRIVATE_MODE, Shelf, check_paths
+
+# What may lie in a directory that is about to become a store: our lock, a fresh ext4's own directory.
+EMPTY_ENOUGH = frozenset({"lock", "lost+found", ".VERSION.tmp"})
+RETRY_FETCH_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    attested: bool
+    blobs: tuple[Digest, ...]
+
+
+class Store:
+    """What is on disk. Made by ``open``; ``scan`` comes before everything else."""
+
+    def __init__(self, shelf: Shelf, lock: int) -> None:
+        """For ``open`` only."""
+        self._shelf, self._fs, self._at = shelf, shelf.fs, shelf.at
+        self._lock: int | None = lock
+        self._entries: dict[ArtifactId, _Entry] = {}
+        self._owners: dict[Digest, set[ArtifactId]] = {}
+        self._notes: dict[Ref, Note] = {}
+
+    # --- start and end ----------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, data_dir: Path, fs: Fs) -> Self:
+        """Lock the directory and make what is missing.
+
+        Raises CachedError PRECONDITION: ``STORE_LOCKED`` when another process has it, ``STORE_VERSION``
+        when it is no store or one of another version.
+        """
+        at = Layout(data_dir.absolute())
+        fs.make_dir(at.root)
+        _check_version(fs, at)  # before anything is written into what may be somebody else's
+        lock = fs.lock(at.lock)
+        try:
+            _make_directories(fs, at)
+        except BaseException:
+            fs.unlock(lock)
+            raise
+        return cls(Shelf(fs, at), lock)
+
+    def close(self) -> None:
+        """Give up the lock. Calling it again does nothing."""
+        if self._lock is not None:
+            self._fs.unlock(self._lock)
+            self._lock = None
+
+    def scan(self, now: float) -> Scan:
+        """What is on disk, after finishing whatever a crash interrupted."""
+        found = scan(self._shelf, now)
+        self._entries, self._owners = {}, {}
+        for artifact, head in zip(found.artifacts, found.heads, strict=True):
+            self._index(artifact.id, head.attested, (digest for digest, _ in artifact.blobs))
+        self._notes = {note.ref: note for note in found.notes}
+        return found
+
+    def _index(self, artifact: ArtifactId, attested: bool, blobs: Iterable[Digest]) -> None:
+        entry = _Entry(attested, tuple(blobs))
+        self._entries[artifact] = entry
+        for digest in entry.blobs:
+            self._owners.setdefault(digest, set()).add(artifact)
+
+    def _forget(self, artifact: ArtifactId) -> None:
+        entry = self._entries.pop(artifact, None)
+        for digest in entry.blobs if entry else ():
+            self._owners[digest].discard(artifact)
+            if not self._owners[digest]:
+                del self._owners[digest]
+        for ref in [ref for ref, note in self._notes.items() if note.artifact == artifact]:
+            self._fs.unlink(self._at.note(ref), missing_ok=True)
+            del self._notes[ref]
+
+    # --- transfers --------------------------------------------------------------------------
+
+    def begin_fetch(self, revision: Revision, now: float) -> IngestPlan:
+        """Make room for a transfer, or take up what is left of one.
+
+        A file that is committed under a known digest is not fetched again. Where nobody remembers its
+        chunk digests it is read once and proven; if it is not what it says, it is quarantined.
+        Raises CachedError DATA_LOSS ``BLOB_DAMAGED`` when a content that an artifact relies on is not intact.
+        """
+        check_paths([spec.path for spec in revision.files])
+        directory, record = self._at.transfer(revision.key), self._at.revision(revision.key)
+        self._fs.make_dir(directory, PRIVATE_MODE)
+        data = encode(revision)
+        if self._fs.size_bytes(record) != len(data) or self._fs.read_file(record) != data:
+            self._shelf.put(record, data)
+        manifests: dict[ArtifactId, dict[Digest, Blob]] = {}
+        have = (self._have(revision, index, manifests, now) for index in range(len(revision.files)))
+        return IngestPlan(directory, tuple(have))
+
+    def _have(
+        self, revision: Revision, index: int, manifests: dict[ArtifactId, dict[Digest, Blob]], now: float
+    ) -> Blob | None:
+        spec = revision.files[index]
+        journal = self._shelf.journal(revision.key, index)
+        digest = spec.sha256 or journal.done
+        size_bytes = self._fs.size_bytes(self._at.blob(digest)) if digest else None
+        if digest is None or size_bytes is None:
+            return None
+        blob = self._committed(digest, size_bytes, manifests)
+        if blob is None:
+            noted = journal.blob(size_bytes) if journal.done == digest else None
+            blob = self._unowned(digest, noted, now)
+        # An origin may list a wrong size for a right digest: then its file is fetched, and refused by name.
+        return blob if blob is not None and blob.size_bytes == spec.size_bytes else None
+
+    def _committed(
+        self, digest: Digest, size_bytes: int, manifests: dict[ArtifactId, dict[Digest, Blob]]
+    ) -> Blob | None:
+        """The blob as an artifact's manifest knows it; None where no artifact has it."""
+        owner = min(self._owners.get(digest, ()), default=None)
+        if owner is None:
+            return None
+        if owner not in manifests:
+            manifests[owner] = {blob.sha256: blob for blob in self.manifest(owner).distinct_blobs()}
+        blob = manifests[owner][digest]
+        if blob.size_bytes != size_bytes:
+            raise _damaged(self._at.blob(digest), size_bytes, blob)
+        return blob
+
+    def _unowned(self, digest: Digest, noted: Blob | None, now: float) -> Blob | None:
+        """The blob as a transfer left it; None (and nothing there) where its content is wrong."""
+        # The process that moved it here may have been killed before its fsync.
+        self._fs.sync_dir(self._at.blob(digest).parent)
+        blob = noted or self._shelf.prove(digest)
+        if blob.sha256 == digest:
+            return blob
+        reason = f"blob {digest} holds what has the sha256 {blob.sha256}"
+        self._shelf.quarantine(Intent(digest, reason, now, ()))
+        return None
+
+    def commit_blob(self, key: RevisionKey, index: int, blob: Blob) -> None:
+        """Durably file a finished part, which its worker has proven, synced and sealed."""
+        part, target = self._at.part(key, index), self._at.blob(blob.sha256)
+        there_bytes = self._fs.size_bytes(target)
+        if there_bytes is None:
+            part_bytes = self._fs.size_bytes(part)
+            if part_bytes != blob.size_bytes:
+                raise _lost(f"{part} has {part_bytes} bytes where {blob.size_bytes} were proven")
+            self._fs.rename(part, target)
+        elif there_bytes == blob.size_bytes:
+            self._fs.unlink(part, missing_ok=True)
+        else:
+            raise _damaged(target, there_bytes, blob)
+        self._fs.sync_dir(target.parent)
+
+    def commit_artifact(self, manifest: Manifest, revision: Revision, now: float) -> Artifact:
+        """The artifact, durably proven once this returns. Committing again what is committed is fine.
+
+        Raises CachedError: ``BLOB_MISSING`` (temporary) when a blob was dropped in between.
+        """
+        assert manifest.revision == revision.key and manifest.ref == revision.ref
+        files = [(f.path, f.blob.size_bytes, f.blob.sha256) for f in manifest.files]
+        assert manifest.id == artifact_id(files), manifest.id
+        check_paths([path for path, _, _ in files])
+        blobs = manifest.distinct_blobs()
+        for blob in blobs:
+            size_bytes = self._fs.size_bytes(self._at.blob(blob.sha256))
+            if size_bytes != blob.size_bytes:
+                raise _lost(f"blob {blob.sha256} has {size_bytes} bytes where {blob.size_bytes} were proven")
+        before = self._entries.get(manifest.id)
+        if before is None:
+            self._shelf.build_tree(manifest.id, ((f.path, f.blob.sha256) for f in manifest.files))
+            # Or a power cut could bring back a tree of the same name that was removed earlier.
+            self._fs.sync_dir(self._at.trees)
+        if before is None or (manifest.attested and not before.attested):
+            self._shelf.put(self._at.origin(manifest.id), encode(revision))
+            replace_file(self._fs, self._at.manifest(manifest.id), encode(manifest))
+            self._index(manifest.id, manifest.attested, (blob.sha256 for blob in blobs))
+        self.touch(manifest.id, now)
+        self.put_note(Note(manifest.ref, manifest.revision, manifest.id, manifest.attested, now))
+        remove_tree(self._fs, self._at.transfer(revision.key))
+        return Artifact(manifest.id, tuple((b.sha256, b.size_bytes) for b in blobs), now)
+
+    def discard(self, key: RevisionKey, drop: tuple[Digest, ...]) -> None:
+        """Remove what a transfer left, and these blobs unless an artifact has them by now.
+
+        Raises CachedError ``INGEST_BUSY`` (temporary) while a worker still writes.
+        """
+        self._shelf.remove_transfer(key)
+        self._drop(drop)
+
+    # --- artifacts --------------------------------------------------------------------------
+
+    def evict(self, artifact: ArtifactId, drop: tuple[Digest, ...]) -> None:
+        """Take an artifact down, then these blobs unless another artifact has them by now."""
+        self._shelf.unlist([artifact])
+        self._forget(artifact)
+        remove_tree(self._fs, self._at.tree(artifact))
+        self._drop(drop)
+
+    def _drop(self, digests: tuple[Digest, ...]) -> None:
+        for digest in digests:
+            if digest not in self._owners:
+                self._fs.unlink(self._at.blob(digest), missing_ok=True)
+
+    def quarantine(
+        self, artifacts: tuple[ArtifactId, ...], digest: Digest, reason: str, now: float
+    ) -> Withdrawn:
+        """Take down these artifacts and whichever else has the content, then put the blob away.
+
+        Their intact contents stay as the transfers in the answer, ready for fetching the rest anew.
+        """
+        down = tuple(sorted({*artifacts, *self._owners.get(digest, ())}))
+        leftovers = self._shelf.quarantine(Intent(digest, reason, now, down))
+        for artifact in down:
+            self._forget(artifact)
+        return Withdrawn(down, leftovers)
+
+    def manifest(self, artifact: ArtifactId) -> Manifest:
+        """Raises CachedError: NOT_FOUND, or DATA_LOSS when it cannot be read."""
+        manifest = decode(self.manifest_bytes(artifact), Manifest)
+        if manifest is None:
+            raise permanent(
+                ErrorKind.DATA_LOSS,
+                "BAD_MANIFEST",
+                f"{self._at.manifest(artifact)} is not the record of an artifact any more",
+                "evict the artifact and fetch it again; check the disk",
+            )
+        return manifest
+
+    def manifest_bytes(self, artifact: ArtifactId) -> bytes:
+        """The manifest as JSON. Raises CachedError NOT_FOUND."""
+        if artifact not in self._entries:
+            raise permanent(
+                ErrorKind.NOT_FOUND,
+                "NO_ARTIFACT",
+                f"{artifact} is not on this node's disk",
+                "prefetch or acquire its ref",
+            )
+        return self._fs.read_file(self._at.manifest(artifact))
+
+    def tree_path(self, artifact: ArtifactId) -> Path:
+        """Where a committed artifact's files have their own names; absolute."""
+        return self._at.tree(artifact)
+
+    def touch(self, artifact: ArtifactId, now: float) -> None:
+        """Note the last use, for evicting the coldest first; nothing to do for what is gone. Not durable."""
+        if artifact in self._entries:
+            self._fs.touch(self._at.manifest(artifact), now)
+
+    # --- claims and notes -------------------------------------------------------------------
+
+    def put_claim(self, claim: Claim) -> None:
+        """Durably make or replace a claim."""
+        replace_file(self._fs, self._at.claim(claim.id), encode(claim))
+
+    def delete_claim(self, claim: ClaimId) -> None:
+        """Durably end a claim; one that is gone is fine."""
+        path = self._at.claim(claim)
+        self._fs.unlink(path, missing_ok=True)
+        self._fs.sync_dir(path.parent)
+
+    def put_note(self, note: Note) -> None:
+        """Remember a resolution. Not durable: a lost one is made again from the manifest."""
+        self._shelf.put(self._at.note(note.ref), encode(note))
+        self._notes[note.ref] = note
+
+    def disk_free(self) -> tuple[int, int]:
+        """(total, free) bytes of the file system."""
+        return self._fs.disk_bytes(self._at.root)
+
+
+def _check_version(fs: Fs, at: Layout) -> None:
+    if fs.size_bytes(at.version) is None:
+        strangers = [name for name in fs.list_dir(at.root) if name not in EMPTY_ENOUGH]
+        if strangers:
+            raise _not_ours(f"{at.root} is no store: it holds {strangers[0]!r} and no VERSION")
+    elif (found := fs.read_file(at.version)) != VERSION:
+        words = found[:40].decode("utf-8", "replace").strip()
+        known = VERSION.decode().strip()
+        raise _not_ours(f"{at.version} says {words!r}; this program knows version {known}")
+
+
+def _not_ours(message: str) -> CachedError:
+    hint = "give the daemon an empty data directory, or run the version that made this one"
+    return permanent(ErrorKind.PRECONDITION, "STORE_VERSION", message, hint)
+
+
+def _make_directories(fs: Fs, at: Layout) -> None:
+    """Make all directories at once and durably, so that no later step has to. VERSION comes first:
+    directories without it would be somebody else's."""
+    if fs.size_bytes(at.version) is None:
+        fs.sync_dir(at.root.parent)
+        replace_file(fs, at.version, VERSION)
+    fs.sync_dir(at.root)
+    for directory in (at.blobs, at.artifacts, at.trees):
+        fs.make_dir(directory)
+    for directory in (at.refs, at.claims, at.ingest, at.quarantine):
+        fs.make_dir(directory, PRIVATE_MODE)  # refs and claims may tell what others should not read
+    there = set(fs.list_dir(at.blobs))
+    for name in (f"{number:02x}" for number in range(256)):
+        if name not in there:
+            fs.make_dir(at.blobs / name)
+    for directory in (at.blobs, at.blobs.parent, at.root):
+        fs.sync_dir(directory)
+
+
+def _damaged(path: Path, size_bytes: int, blob: Blob) -> CachedError:
+    return permanent(
+        ErrorKind.DATA_LOSS,
+        "BLOB_DAMAGED",
+        f"{path} has {size_bytes} bytes where {blob.size_bytes} were proven",
+        "run `cachectl verify --all`, which quarantines it, and check the disk",
+    )
+
+
+def _lost(message: str) -> CachedError:
+    return temporary(
+        "BLOB_MISSING", message, "it is fetched again; nothing to do", RETRY_FETCH_S, ErrorKind.FAILED
+    )

@@ -1,0 +1,139 @@
+"""Disk and host are bounded from the first day: evict the coldest, refuse what cannot fit, touch no claim."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kit import BIN, NodeKit, eventually, sha256, write_model
+
+MODEL_BYTES = 10 << 20
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[NodeKit]:
+    """A node whose disk and host memory take two of these models, not three."""
+    config = tmp_path / "cached.toml"
+    config.write_text('[store]\ncapacity_bytes = "25MiB"\n[standby]\nhost_capacity_bytes = "25MiB"\n')
+    node = NodeKit(tmp_path)
+    try:
+        node.serve("--config", str(config))
+        yield node
+    finally:
+        node.close()
+
+
+@pytest.fixture
+def refs(tmp_path: Path) -> list[str]:
+    for number in range(3):
+        write_model(tmp_path / f"m{number}", MODEL_BYTES, seed=number)
+    return [f"file://{tmp_path}/m{number}/" for number in range(3)]
+
+
+def test_the_coldest_unclaimed_one_makes_room(small: NodeKit, refs: list[str]) -> None:
+    for ref in refs[:2]:
+        small.ctl("prefetch", ref, "--wait")
+    small.ctl("path", refs[0])  # used again: now the second is the coldest
+    small.ctl("prefetch", refs[2], "--wait")
+    assert {row["ref"] for row in small.rows() if row["state"] == "verified"} == {refs[0], refs[2]}
+    assert _blob_bytes(small) <= 25 << 20
+    small.ctl("verify", "--all")
+
+
+def test_what_cannot_fit_is_refused_with_the_arithmetic_and_no_claim_is_touched(
+    small: NodeKit, refs: list[str]
+) -> None:
+    for ref in refs[:2]:
+        small.ctl("pin", ref, "--wait")
+    refused = small.ctl("prefetch", refs[2], "--wait", code=5)
+    for figure in ("10.49 MB", "26.21 MB", "20.97 MB"):
+        assert figure in refused.stderr, refused.stderr
+    assert all(small.row(ref)["state"] == "verified" for ref in refs[:2])
+    small.ctl("unpin", refs[0])
+    small.ctl("prefetch", refs[2], "--wait")
+    assert small.row(refs[0]).get("state") != "verified"
+    assert small.row(refs[1])["state"] == "verified"
+
+
+def test_what_never_fits_is_refused_at_once(small: NodeKit, tmp_path: Path) -> None:
+    write_model(tmp_path / "big", 30 << 20)
+    refused = small.ctl("prefetch", f"file://{tmp_path}/big/", "--wait", code=5)
+    assert "capacity" in refused.stderr and "hint:" in refused.stderr
+
+
+def test_host_memory_is_bounded_as_well(small: NodeKit, refs: list[str]) -> None:
+    for ref in refs[:2]:
+        small.ctl("pin", ref, "--on", "host", "--wait")
+    small.ctl("unpin", refs[0])
+    small.ctl("evict", refs[0])
+    small.ctl("pin", refs[2], "--on", "host", "--wait")
+    small.ctl("unpin", refs[1])
+    # The second one is idle now, on disk and in memory: both make room for the first.
+    small.ctl("pin", refs[0], "--on", "host", "--wait")
+    devices = {row["ref"]: row["devices"] for row in small.rows()}
+    assert devices[refs[0]] == ["disk", "host"] and devices[refs[2]] == ["disk", "host"]
+    assert "host" not in devices.get(refs[1], [])
+    assert small.metrics()['cached_device_used_bytes{device="host"}'] <= 25 << 20
+
+
+def test_a_lease_is_never_evicted(small: NodeKit, refs: list[str]) -> None:
+    holders = [small.holder(ref) for ref in refs[:2]]
+    refused = small.ctl("prefetch", refs[2], "--wait", code=5)
+    assert "claimed" in refused.stderr
+    holders[0].kill()
+    holders[0].wait()
+    eventually(lambda: not small.row(refs[0])["claims"])
+    small.ctl("prefetch", refs[2], "--wait")
+
+
+def test_a_full_file_system_is_refused_and_the_daemon_goes_on(
+    tmp_path: Path, cold_node: NodeKit, refs: list[str]
+) -> None:
+    """A real small file system (tmpfs, in a mount namespace of the daemon's own), filled by somebody else."""
+    node = cold_node
+    node.data_dir.mkdir()
+    config = tmp_path / "cached.toml"
+    config.write_text('[store]\ncapacity_bytes = "1GB"\n')
+    mount = f"mount -t tmpfs -o size=28m none {node.data_dir}"
+    serve = f"{BIN}/cached serve --config {config} --data-dir {node.data_dir}/s --run-dir {node.run_dir}"
+    serve += f" --http 127.0.0.1:{node.http_port}"
+    with (tmp_path / "daemon.log").open("ab") as log:
+        node.daemon = subprocess.Popen(
+            ["unshare", "-Urm", "sh", "-c", f"{mount} && exec {serve}"], stdout=log, stderr=log
+        )
+    eventually(node.is_ready)
+    node.ctl("prefetch", refs[0], "--wait")
+    node.ctl("prefetch", refs[1], "--wait")
+    refused = node.ctl("prefetch", refs[2], "--wait", code=5)
+    assert "hint:" in refused.stderr
+    assert node.is_ready()
+    node.ctl("verify", "--all")
+    # The operator makes room; the same command works.
+    node.ctl("evict", refs[0])
+    node.ctl("prefetch", refs[2], "--wait")
+
+
+def test_the_default_capacity_leaves_a_fifth_of_the_file_system_free(
+    cold_node: NodeKit, tmp_path: Path
+) -> None:
+    node = cold_node
+    node.data_dir.mkdir()
+    serve = f"{BIN}/cached serve --data-dir {node.data_dir}/s --run-dir {node.run_dir}"
+    mount = f"mount -t tmpfs -o size=64m none {node.data_dir}"
+    command = f"{mount} && exec {serve} --http 127.0.0.1:{node.http_port}"
+    with (tmp_path / "daemon.log").open("ab") as log:
+        node.daemon = subprocess.Popen(["unshare", "-Urm", "sh", "-c", command], stdout=log, stderr=log)
+    eventually(node.is_ready)
+    time.sleep(1.2)  # the figures are set once a second
+    capacity = node.metrics()['cached_device_capacity_bytes{device="disk"}']
+    assert 0.7 * (64 << 20) <= capacity <= 0.8 * (64 << 20)
+
+
+def _blob_bytes(node: NodeKit) -> int:
+    blobs = [p for p in (node.data_dir / "blobs").rglob("*") if p.is_file()]
+    for blob in blobs:
+        assert sha256(blob) == blob.name
+    return sum(p.stat().st_size for p in blobs)

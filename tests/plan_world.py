@@ -1,0 +1,634 @@
+"""A simulated node around the planner: an origin, a disk, one standby, and a shell that runs the actions.
+
+Owns the truth that a State is held against, and counts everything anew from that truth or from the
+claims: nothing here uses the planner's ledgers or indexes to say what they should be. No I/O, no clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+from cached.model import (
+    DISK,
+    HOST,
+    Artifact,
+    ArtifactId,
+    Claim,
+    ClaimId,
+    ClaimKind,
+    Device,
+    Digest,
+    ErrorKind,
+    FileSpec,
+    Inventory,
+    Note,
+    Problem,
+    Ref,
+    Resident,
+    Revision,
+    RevisionKey,
+    artifact_id,
+    revision_key,
+)
+from cached.plan import State, apply, evict_problem, plan
+from cached.plan import types as t
+from cached.plan.decide import STANDBY_WAIT_S
+from cached.plan.state import Queue
+
+DISK_BYTES = 100
+HOST_BYTES = 60
+START = 1_000_000.0
+
+TEMPORARY = Problem(ErrorKind.UNAVAILABLE, "ORIGIN_AWAY", "the origin is away", "wait", 1.0)
+PERMANENT = Problem(ErrorKind.NOT_FOUND, "NO_SUCH_FILE", "the file is not there", "mend the ref")
+
+SIZES = {"a": 30, "b": 30, "c": 10, "d": 40, "e": 20, "f": 120, "g": 70}
+"""Bytes of each content; ``f`` fits nowhere, ``g`` only on disk."""
+
+
+def digest(content: str) -> Digest:
+    return Digest(hashlib.sha256(content.encode()).hexdigest())
+
+
+BYTES_OF = {digest(name): size for name, size in SIZES.items()}
+
+
+def make_revision(ref: str, contents: str, unattested: str = "") -> Revision:
+    """A revision whose files hold ``contents``, a letter each; the origin vouches but for ``unattested``."""
+    files = tuple(
+        FileSpec(f"{i}.bin", SIZES[c], None if c in unattested else digest(c), version=c)
+        for i, c in enumerate(contents)
+    )
+    return Revision(Ref(ref), revision_key(Ref(ref), files), files)
+
+
+def artifact_of(revision: Revision, at: float = START) -> Artifact:
+    """What fetching it makes."""
+    files = [(f.path, f.size_bytes, digest(f.version)) for f in revision.files]
+    blobs = tuple({digest(f.version): f.size_bytes for f in revision.files}.items())
+    return Artifact(artifact_id(files), blobs, at)
+
+
+def note_of(revision: Revision, at: float = START) -> Note:
+    return Note(revision.ref, revision.key, artifact_of(revision).id, revision.attested, at)
+
+
+ORIGIN = {
+    Ref("a"): (make_revision("a", "a"), make_revision("a", "bc")),
+    Ref("ac"): (make_revision("ac", "ac"),),
+    Ref("dc"): (make_revision("dc", "dc"), make_revision("dc", "dca")),
+    Ref("ec"): (make_revision("ec", "ec", unattested="ec"), make_revision("ec", "cb", unattested="c")),
+    Ref("also-a"): (make_revision("also-a", "a"),),
+    Ref("dd"): (make_revision("dd", "dd"),),
+    Ref("f"): (make_revision("f", "f"),),
+    Ref("g"): (make_revision("g", "g"),),
+}
+REFS = tuple(ORIGIN)
+REVISIONS = {revision.key: revision for versions in ORIGIN.values() for revision in versions}
+
+StoreWork = t.Evict | t.Discard | t.Quarantine
+Work = t.Resolve | t.Fetch | t.Load | t.Release | StoreWork
+
+
+class World:
+    """The node. Methods are what can happen; ``tick`` plans, checks each action, and starts it."""
+
+    def __init__(self, keep_leftovers: bool = True) -> None:
+        self.keep_leftovers = keep_leftovers
+        self.now = START
+        self.made = 0
+        self.version: Counter[Ref] = Counter()
+        self.refused: dict[ClaimId, Problem] = {}
+        self.granted: set[ClaimId] = set()
+        # The disk.
+        self.blobs: set[Digest] = set()
+        self.manifests: dict[ArtifactId, Artifact] = {}
+        self.notes: dict[Ref, Note] = {}
+        self.ingests: dict[RevisionKey, Revision] = {}
+        self.pending: list[StoreWork] = []
+        self.kept: dict[Digest, tuple[Revision, ...]] = {}
+        # Memory, and whether the daemon hears its standby.
+        self.memory: set[ArtifactId] = set()
+        self.sizes: dict[ArtifactId, Artifact] = {}
+        self.connected = False
+        self.gone_at = START
+        self.boot()
+
+    # --- the shell --------------------------------------------------------------------------
+
+    def boot(self) -> None:
+        self.state = State(fetch_slots=2, resolve_slots=2, load_slots=1)
+        self.works: list[Work] = []
+        self.corrupt: set[Digest] = set()
+        self.happen(t.CapacitySet(DISK, DISK_BYTES))
+        self.happen(t.CapacitySet(HOST, HOST_BYTES))
+
+    def happen(self, event: t.Event) -> None:
+        apply(self.state, event, self.now)
+
+    def tick(self) -> None:
+        """Plan and start until nothing is planned; every plan must be pure and silent once started."""
+        for _ in range(20):
+            actions = plan(self.state, self.now)
+            assert actions == plan(self.state, self.now), "planning changed the state"
+            refreshed = [self.start(action) for action in actions]
+            again = plan(self.state, self.now)
+            assert again == [], f"planned {actions}, and once that was started {again}"
+            self.check()
+            refs = [ref for ref in refreshed if ref is not None]
+            if not refs:
+                return
+            for ref in refs:
+                self.claim(ClaimKind.PREFETCH, ref, DISK, fresh=True)
+        raise AssertionError("the planner does not come to rest")
+
+    def start(self, action: t.Action) -> Ref | None:
+        """Check an action against the truth, then begin it. Returns the ref to ask again for, if any."""
+        self.check_action(action)
+        self.happen(t.Started(action))
+        match action:
+            case t.Evict() | t.Discard() | t.Quarantine():
+                self.pending.append(action)
+                self.works.append(action)
+            case t.Fetch(revision):
+                self.run_store()  # the store works in order, and a fetch begins with it
+                self.ingests.setdefault(revision.key, revision)
+                self.works.append(action)
+            case t.Resolve() | t.Load() | t.Release():
+                self.works.append(action)
+            case t.Grant(claim_id):
+                self.granted.add(claim_id)
+            case t.Refuse(claim_id, problem):
+                self.refused[claim_id] = problem
+            case t.Refresh(ref):
+                return ref
+            case _:
+                pass
+        return None
+
+    # --- claims -----------------------------------------------------------------------------
+
+    def claim(
+        self,
+        kind: ClaimKind,
+        ref: Ref,
+        device: Device,
+        fresh: bool = False,
+        ttl_s: float | None = None,
+    ) -> ClaimId:
+        self.made += 1
+        claim_id = ClaimId(f"{kind.value}-{self.made}")
+        expires_at = None if ttl_s is None else self.now + ttl_s
+        claim = Claim(claim_id, kind, ref, device, self.now, fresh=fresh, expires_at=expires_at)
+        self.happen(t.ClaimMade(claim))
+        return claim_id
+
+    def ask_evict(self, artifact: ArtifactId) -> None:
+        if evict_problem(self.state, artifact) is None:
+            self.happen(t.EvictAsked(artifact))
+
+    def restart(self) -> None:
+        """The daemon dies: works in flight are lost, what is durable is found again."""
+        claims = [
+            claim
+            for claim in self.state.claims.values()
+            if claim.kind is not ClaimKind.LEASE or claim.id in self.state.answered
+        ]
+        self.pending.clear()
+        self.kept.clear()
+        self.connected = False
+        self.sweep()
+        self.boot()
+        leftovers = tuple(self.ingests.values())
+        found = t.Recovered(
+            tuple(self.manifests.values()), tuple(self.notes.values()), tuple(claims), leftovers
+        )
+        self.happen(found)
+
+    # --- the disk ---------------------------------------------------------------------------
+
+    def run_store(self) -> None:
+        """Do what the store's one thread was given, in order."""
+        for work in self.pending:
+            match work:
+                case t.Evict(artifact, drop):
+                    self.take_down(artifact)
+                    self.blobs -= set(drop)
+                case t.Discard(key, drop):
+                    del self.ingests[key]
+                    self.blobs -= set(drop)
+                case t.Quarantine(artifacts, bad):
+                    self.quarantine(artifacts, bad)
+        self.pending.clear()
+
+    def take_down(self, artifact: ArtifactId) -> list[Note]:
+        del self.manifests[artifact]
+        notes = [note for note in self.notes.values() if note.artifact == artifact]
+        for note in notes:
+            del self.notes[note.ref]
+        return notes
+
+    def quarantine(self, artifacts: tuple[ArtifactId, ...], bad: Digest) -> None:
+        notes = [note for artifact in artifacts for note in self.take_down(artifact)]
+        self.blobs.discard(bad)
+        self.corrupt.discard(bad)
+        kept = tuple(attest(REVISIONS[note.revision]) for note in notes) if self.keep_leftovers else ()
+        for revision in kept:
+            self.ingests.setdefault(revision.key, revision)
+        self.kept[bad] = kept
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove contents that no artifact and no ingest names."""
+        named = {d for artifact in self.manifests.values() for d, _ in artifact.blobs}
+        named |= {f.sha256 for revision in self.ingests.values() for f in revision.files if f.sha256}
+        self.blobs &= named
+
+    def disk_bytes(self) -> int:
+        """Bytes on disk, with what transfers have set aside."""
+        contents: dict[str, int] = {d: BYTES_OF[d] for d in self.blobs}
+        for revision in self.ingests.values():
+            contents |= {revision.content_key(i): f.size_bytes for i, f in enumerate(revision.files)}
+        return sum(contents.values())
+
+    # --- outcomes ---------------------------------------------------------------------------
+
+    def finish(self, index: int, outcome: str) -> None:
+        """One of the works in flight ends: ``ok``, ``temporary`` or ``permanent``. Store works end in order."""
+        work = self.works[index % len(self.works)]
+        if isinstance(work, t.Evict | t.Discard | t.Quarantine):
+            work = next(w for w in self.works if isinstance(w, t.Evict | t.Discard | t.Quarantine))
+        self.works.remove(work)
+        problem = {"temporary": TEMPORARY, "permanent": PERMANENT}.get(outcome)
+        match work:
+            case t.Resolve(ref):
+                current = ORIGIN[ref][self.version[ref] % len(ORIGIN[ref])]
+                self.happen(t.ResolveFailed(ref, problem) if problem else t.Resolved(current))
+            case t.Fetch(revision):
+                self.finish_fetch(revision, problem)
+            case t.Load(device, artifact):
+                self.finish_load(device, artifact, problem)
+            case t.Release(device, artifact):
+                self.memory.discard(artifact)
+                self.happen(t.Released(device, artifact))
+            case t.Evict() | t.Discard() | t.Quarantine():
+                self.run_store()
+                self.finish_store(work)
+
+    def finish_fetch(self, revision: Revision, problem: Problem | None) -> None:
+        key = revision.key
+        if problem is None:
+            self.run_store()
+            artifact, note = artifact_of(revision, self.now), note_of(revision, self.now)
+            del self.ingests[key]
+            self.blobs |= {d for d, _ in artifact.blobs}
+            self.manifests[artifact.id], self.notes[revision.ref] = artifact, note
+            self.happen(t.Fetched(key, artifact, note))
+            if self.state.transfers.get(key) is not None:
+                self.ingests[key] = revision  # it is fetched once more: see _fetched
+            return
+        first = revision.files[0].sha256
+        if first is not None:
+            self.blobs.add(first)
+        stopped = self.state.transfers[key].step is t.Step.STOPPING
+        self.happen(t.FetchStopped(key) if stopped else t.FetchFailed(key, problem))
+
+    def finish_load(self, device: Device, artifact: ArtifactId, problem: Problem | None) -> None:
+        on_disk = artifact in self.manifests and {d for d, _ in self.manifests[artifact].blobs} <= self.blobs
+        rotten = on_disk and self.corrupt & {d for d, _ in self.manifests[artifact].blobs}
+        if problem is None and on_disk and not rotten:
+            self.memory.add(artifact)
+            self.sizes[artifact] = self.manifests[artifact]
+            self.happen(t.Loaded(device, self.resident(artifact)))
+        else:
+            self.happen(t.LoadFailed(device, artifact, problem or PERMANENT))
+
+    def finish_store(self, work: StoreWork) -> None:
+        match work:
+            case t.Evict(artifact):
+                self.happen(t.Evicted(artifact))
+            case t.Discard(key):
+                self.happen(t.Discarded(key))
+            case t.Quarantine(artifacts, bad):
+                self.happen(t.Quarantined(artifacts, self.kept.pop(bad)))
+
+    def rot(self, bad: Digest) -> None:
+        self.corrupt.add(bad)
+        self.happen(t.Corrupt(bad, "its bytes changed"))
+
+    # --- the standby ------------------------------------------------------------------------
+
+    def resident(self, artifact: ArtifactId) -> Resident:
+        return Resident(artifact, self.sizes[artifact].size_bytes, locked=True)
+
+    def see_standby(self, ahead: bool = False) -> None:
+        """It connects, or tells again. ``ahead``: it tells of works whose own answers are still to come."""
+        works = [w for w in self.works if isinstance(w, t.Load | t.Release)]
+        told = set(self.memory)
+        for work in works if ahead else ():
+            if isinstance(work, t.Release):
+                told.discard(work.artifact)
+            elif work.artifact in self.manifests and not self.corrupt:
+                self.sizes[work.artifact] = self.manifests[work.artifact]
+                told.add(work.artifact)
+        residents = tuple(self.resident(artifact) for artifact in sorted(told))
+        inventory = Inventory(HOST, 7, HOST_BYTES, True, "", True, residents)
+        self.connected = True
+        self.happen(t.StandbySeen(inventory, HOST_BYTES))
+
+    def lose_standby(self, died: bool, late: bool) -> None:
+        """``died``: its memory is gone too. ``late``: its calls fail after it is known to be gone."""
+        calls = [w for w in self.works if isinstance(w, t.Load | t.Release)]
+        self.works = [w for w in self.works if w not in calls]
+        if died:
+            self.memory.clear()
+        self.connected, self.gone_at = False, self.now
+        self.happen(t.StandbyGone(HOST))
+        for call in calls:
+            if isinstance(call, t.Release):
+                self.memory.discard(call.artifact)
+            elif late:
+                self.happen(t.LoadFailed(HOST, call.artifact, TEMPORARY))
+
+    # --- what must hold of an action --------------------------------------------------------
+
+    def check_action(self, action: t.Action) -> None:
+        state = self.state
+        match action:
+            case t.Evict(artifact, drop):
+                assert not self.claims_of(artifact), f"evicts the claimed {artifact}"
+                assert artifact not in self.memory or not self.connected, "evicts a resident"
+                assert set(drop) == self.only_of_artifact(artifact)
+                self.check_alone()
+            case t.Discard(key, drop):
+                assert not self.wanting(key), "discards what is wanted"
+                assert set(drop) == self.only_of_transfer(key)
+                self.check_alone()
+            case t.Release(device, artifact):
+                proven = artifact in state.artifacts and state.is_verified(artifact)
+                tainted = self.corrupt & {d for d, _ in self.blobs_of(artifact)}
+                if proven and not tainted:
+                    claims = [c for c in self.claims_of(artifact) if c.device == device]
+                    assert not claims, f"releases what {claims} stand on"
+                    others = [w for w in self.works if isinstance(w, t.Release) and w.device == device]
+                    assert not [w for w in others if state.is_verified(w.artifact)], "a second release"
+            case t.Load(device, artifact):
+                assert self.connected and state.is_verified(artifact)
+                assert not self.corrupt & {d for d, _ in self.blobs_of(artifact)}, "loads corrupt content"
+                assert action not in self.works, "loads twice"
+                assert sum(isinstance(w, t.Load) for w in self.works) < state.load_slots
+            case t.Fetch(revision):
+                assert not any(isinstance(w, t.Fetch) and w.revision == revision for w in self.works)
+                assert sum(isinstance(w, t.Fetch) for w in self.works) < state.fetch_slots
+                assert self.wanting(revision.key), "fetches what nobody wants"
+            case t.StopFetch(key):
+                waited_for = [c for c in self.wanting(key) if c.kind is ClaimKind.LEASE]
+                assert not waited_for, f"stops what {waited_for} wait for"
+            case t.Grant(claim_id):
+                self.check_grant(state.claims[claim_id])
+            case t.Refuse(claim_id, problem):
+                self.check_refusal(state.claims[claim_id], problem)
+            case _:
+                pass
+
+    def check_alone(self) -> None:
+        works = [w for w in self.works if isinstance(w, t.Evict | t.Discard)]
+        assert not works, f"{works} are still in flight"
+
+    def check_grant(self, claim: Claim) -> None:
+        assert claim.artifact is not None and claim.kind is not ClaimKind.PIN
+        contents = {d for d, _ in self.blobs_of(claim.artifact)}
+        assert claim.artifact in self.manifests and contents <= self.blobs, "grants what is not on disk"
+        assert not contents & self.corrupt, "grants what is known to be corrupt"
+        if claim.device == HOST:
+            loading = t.Load(HOST, claim.artifact) in self.works
+            assert self.connected and (loading or claim.artifact in self.memory), "grants absent memory"
+
+    def check_refusal(self, claim: Claim, problem: Problem) -> None:
+        assert claim.kind is not ClaimKind.PIN and claim.id not in self.state.answered
+        if problem.reason == "NO_STANDBY":
+            assert not self.connected and self.now >= max(self.gone_at, claim.made_at) + STANDBY_WAIT_S
+        elif problem.reason in ("DISK_CAPACITY", "DEVICE_CAPACITY") and claim.kind is ClaimKind.LEASE:
+            assert self.cannot_fit(claim, problem), f"refused {claim}, which fits: {problem.message}"
+
+    # --- counted anew -----------------------------------------------------------------------
+
+    def claims_of(self, artifact: ArtifactId) -> list[Claim]:
+        return [c for c in self.state.claims.values() if c.artifact == artifact]
+
+    def wanting(self, key: RevisionKey) -> list[Claim]:
+        return [c for c in self.state.claims.values() if c.revision == key and c.artifact is None]
+
+    def blobs_of(self, artifact: ArtifactId) -> tuple[tuple[Digest, int], ...]:
+        proven = self.state.artifacts.get(artifact)
+        return proven.artifact.blobs if proven else ()
+
+    def standing(self, but: RevisionKey | ArtifactId | None = None) -> list[dict[str, int]]:
+        """What counts on disk: artifacts until they are evicted or quarantined, and what is set aside."""
+        found: list[dict[str, int]] = [
+            dict(p.artifact.blobs)
+            for p in self.state.artifacts.values()
+            if p.step is not t.DiskStep.EVICTING and p.artifact.id != but
+        ]
+        transfers = [x for x in self.state.transfers.values() if x.reserved and x.revision.key != but]
+        return found + [keys_of(x.revision) for x in transfers]
+
+    def only_of_artifact(self, artifact: ArtifactId) -> set[str]:
+        return {d for d, _ in self.blobs_of(artifact)} - {k for s in self.standing(artifact) for k in s}
+
+    def only_of_transfer(self, key: RevisionKey) -> set[str]:
+        attested = {f.sha256 for f in self.state.transfers[key].revision.files if f.sha256}
+        return attested - {k for s in self.standing(key) for k in s}
+
+    def cannot_fit(self, claim: Claim, problem: Problem) -> bool:
+        """Whether what others claim leaves no room for what this claim lacks."""
+        if problem.reason == "DISK_CAPACITY":
+            assert claim.revision is not None
+            need = keys_of(self.state.transfers[claim.revision].revision)
+            held = self.claimed_on_disk(claim.revision)
+            return union_bytes([need, *held]) > DISK_BYTES
+        assert claim.artifact is not None
+        need = dict(self.blobs_of(claim.artifact))
+        return union_bytes([need, *self.claimed_in_memory(claim.artifact)]) > HOST_BYTES
+
+    def claimed_on_disk(self, but: RevisionKey) -> list[dict[str, int]]:
+        state = self.state
+        held: list[dict[str, int]] = [
+            dict(p.artifact.blobs)
+            for p in state.artifacts.values()
+            if self.claims_of(p.artifact.id) and p.step is t.DiskStep.VERIFIED
+        ]
+        for transfer in state.transfers.values():
+            key = transfer.revision.key
+            if transfer.reserved and key != but and self.wanting(key):
+                held.append(keys_of(transfer.revision))
+        return held
+
+    def claimed_in_memory(self, but: ArtifactId) -> list[dict[str, int]]:
+        return [
+            dict(residency.items)
+            for (device, artifact), residency in self.state.residencies.items()
+            if artifact != but
+            and (
+                residency.step is t.ResidentStep.LOADING
+                or any(c.device == device for c in self.claims_of(artifact))
+            )
+        ]
+
+    # --- what must hold at any time ---------------------------------------------------------
+
+    def check(self) -> None:
+        self.check_ledgers()
+        self.check_claims()
+        self.check_records()
+
+    def check_ledgers(self) -> None:
+        state = self.state
+        counted = state.disk.ledger
+        assert counted.used_bytes == union_bytes(self.standing())
+        assert contents_of(counted) == Counter(key for s in self.standing() for key in s)
+        assert counted.used_bytes <= DISK_BYTES
+        assert self.disk_bytes() <= DISK_BYTES
+        residencies = [dict(r.items) for spot, r in state.residencies.items() if spot[0] == HOST]
+        in_memory = state.places[HOST].ledger
+        assert in_memory.used_bytes == union_bytes(residencies)
+        assert contents_of(in_memory) == Counter(key for r in residencies for key in r)
+        known = all(key in BYTES_OF for r in residencies for key in r)
+        # An orphan's contents are not known, so what it shares counts twice until it is released.
+        assert in_memory.used_bytes <= HOST_BYTES or not known
+        loading = {w.artifact for w in self.works if isinstance(w, t.Load)}
+        held = [dict(self.sizes[a].blobs) for a in self.memory]
+        assert union_bytes(held + [dict(self.blobs_of(a)) for a in loading]) <= HOST_BYTES
+
+    def check_claims(self) -> None:
+        """The indexes are what the claims and facts say."""
+        state, claims = self.state, list(self.state.claims.values())
+        check_queue(state.unresolved, [(c.ref, c) for c in claims if c.revision is None])
+        unfetched = [(c.revision, c) for c in claims if c.revision is not None and c.artifact is None]
+        check_queue(state.unfetched, unfetched)
+        bound = [(c.artifact, c) for c in claims if c.revision is not None and c.artifact is not None]
+        absent = [((c.device, a), c) for a, c in bound if c.device != DISK and not self.stands(c.device, a)]
+        check_queue(state.unloaded, absent)
+        lacking = {c.id for _, c in absent}
+        ready = {
+            c.id
+            for _, c in bound
+            if c.kind is not ClaimKind.PIN and c.id not in state.answered and c.id not in lacking
+        }
+        assert set(state.ready) == ready
+        holders: dict[ArtifactId, set[ClaimId]] = {}
+        for artifact, claim in bound:
+            holders.setdefault(artifact, set()).add(claim.id)
+        assert {artifact: set(ids) for artifact, ids in state.claimed.items()} == holders
+        assert set(state.timed) == {c.id for c in claims if c.expires_at is not None}
+        assert state.answered <= {c.id for c in claims if c.kind is ClaimKind.LEASE}
+        for artifact, claim in bound:
+            assert claim.id in state.answered or artifact in state.artifacts, "bound to nothing"
+
+    def stands(self, device: Device, artifact: ArtifactId) -> bool:
+        residency = self.state.residencies.get((device, artifact))
+        return residency is not None and residency.step is t.ResidentStep.RESIDENT
+
+    def check_records(self) -> None:
+        """No record outlives its reason, and none is missing."""
+        state = self.state
+        active = {k for k, x in state.transfers.items() if x.step in (t.Step.RUNNING, t.Step.STOPPING)}
+        assert set(state.running) == active and set(state.idle_transfers) == set(state.transfers) - active
+        for key, transfer in state.transfers.items():
+            assert transfer.reserved or self.wanting(key) or transfer.step is t.Step.STOPPING, "a leak"
+        for claim in state.claims.values():
+            lacks = claim.revision is not None and claim.artifact is None
+            assert not lacks or claim.revision in state.transfers, "nothing to fetch for a claim"
+        for ref, resolution in state.resolutions.items():
+            asked = any(c.ref == ref and c.revision is None for c in state.claims.values())
+            assert resolution.step is t.Step.RUNNING or asked, "a leak"
+        for note in state.notes.values():
+            assert state.is_verified(note.artifact) and state.proven[note.revision] == note.artifact
+        for proven in state.proven.values():
+            assert state.is_verified(proven)
+        for artifact in state.evict_asked:
+            assert state.is_verified(artifact) and not self.claims_of(artifact), "a leak"
+        for (_, artifact), residency in state.residencies.items():
+            failed = residency.step in (t.ResidentStep.FAILED, t.ResidentStep.REFUSED)
+            assert failed == (residency.problem is not None) == (not residency.items)
+            assert not failed or artifact in state.artifacts, "a leak"
+        for artifact, proven in state.artifacts.items():
+            if proven.step is t.DiskStep.VERIFIED:
+                contents = {d for d, _ in proven.artifact.blobs}
+                assert artifact in self.manifests and contents <= self.blobs, "the disk has lost it"
+
+    # --- the end ----------------------------------------------------------------------------
+
+    def calm_down(self) -> None:
+        """Faults are over: everything in flight ends well, and time passes until nothing is left to wait for."""
+        if not self.connected:
+            self.see_standby()
+        self.tick()
+        for _ in range(40):
+            for _ in range(200):
+                if not self.works:
+                    break
+                self.finish(0, "ok")
+                self.tick()
+            assert not self.works, "work without end"
+            self.now += 301.0
+            self.tick()
+        assert not self.works or all(isinstance(w, t.Resolve | t.Fetch | t.Load) for w in self.works)
+
+    def check_met(self) -> None:
+        """Every claim is met, or gone with its answer, or is a pin whose recorded problem is true."""
+        for claim in self.state.claims.values():
+            if claim.kind is ClaimKind.PIN:
+                self.check_pin(claim)
+            else:
+                assert claim.id in self.state.answered, f"{claim} was never answered"
+
+    def check_pin(self, pin: Claim) -> None:
+        state, problem = self.state, None
+        if pin.revision is None:
+            problem = state.resolutions[pin.ref].problem
+        elif pin.artifact is None:
+            problem = state.transfers[pin.revision].problem
+        elif pin.device != DISK and not self.stands(pin.device, pin.artifact):
+            residency = state.residencies.get((pin.device, pin.artifact))
+            problem = residency.problem if residency else None
+        else:
+            return
+        assert problem is not None, f"{pin} is not met, and nothing says why"
+        if problem.reason in ("DISK_CAPACITY", "DEVICE_CAPACITY"):
+            assert self.cannot_fit(pin, problem), f"{pin} would fit: {problem.message}"
+        else:
+            assert problem == PERMANENT, f"{pin} is not tried again after {problem}"
+
+
+def attest(revision: Revision) -> Revision:
+    """The revision with every digest filled in, as it is known once fetched."""
+    return replace(revision, files=tuple(replace(f, sha256=digest(f.version)) for f in revision.files))
+
+
+def keys_of(revision: Revision) -> dict[str, int]:
+    return {revision.content_key(i): f.size_bytes for i, f in enumerate(revision.files)}
+
+
+def union_bytes(sets: Iterable[dict[str, int]]) -> int:
+    union: dict[str, int] = {}
+    for contents in sets:
+        union |= contents
+    return sum(union.values())
+
+
+def contents_of(ledger: object) -> Counter[str]:
+    """The references that a ledger counts, per content."""
+    return Counter({key: count for key, (count, _) in ledger._contents.items() if count})  # type: ignore[attr-defined]
+
+
+def check_queue(queue: Queue, pairs: list[tuple]) -> None:  # type: ignore[type-arg]
+    """A queue files exactly these claims under these keys, and knows which of them leases wait for."""
+    assert set(queue.in_order()) == {key for key, _ in pairs} and len(queue) == len(set(queue.in_order()))
+    for key in queue.in_order():
+        mine = [claim for k, claim in pairs if k == key]
+        assert sorted(queue.claims(key)) == sorted(c.id for c in mine)
+        assert queue.urgent(key) == any(c.kind is ClaimKind.LEASE for c in mine)

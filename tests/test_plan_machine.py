@@ -1,0 +1,164 @@
+"""The planner in a simulated node where anything may happen in any order; see plan_world for what must hold."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from plan_world import ORIGIN, REFS, World
+
+from cached.model import DISK, HOST, ClaimKind
+from cached.plan import types as t
+
+EXAMPLES = os.environ.get("PLAN_EXAMPLES")
+"""How many examples to try when hunting by hand; unset, a fixed set is run."""
+
+indices = st.integers(0, 15)
+outcomes = st.sampled_from(["ok", "ok", "ok", "temporary", "permanent"])
+
+
+class Node(RuleBasedStateMachine):
+    """Rules are what can happen to a node. Usually a tick follows each; after ``pause``, only in the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        self.paused = 0
+
+    def then(self) -> None:
+        self.paused = max(0, self.paused - 1)
+        self.world.check()
+        if not self.paused:
+            self.world.tick()
+
+    @initialize(keep_leftovers=st.booleans(), connected=st.booleans())
+    def begin(self, keep_leftovers: bool, connected: bool) -> None:
+        self.world.keep_leftovers = keep_leftovers
+        if connected:
+            self.world.see_standby()
+        self.then()
+
+    @rule(events=st.integers(2, 4))
+    def pause(self, events: int) -> None:
+        """The next few events come within one tick."""
+        self.paused = events
+
+    # --- claims -----------------------------------------------------------------------------
+
+    @rule(
+        kind=st.sampled_from(ClaimKind),
+        ref=st.sampled_from(REFS),
+        device=st.sampled_from([DISK, HOST]),
+        fresh=st.booleans(),
+        ttl_s=st.none() | st.sampled_from([0.5, 30.0, 500.0]),
+    )
+    def claim(self, kind: ClaimKind, ref: str, device: str, fresh: bool, ttl_s: float | None) -> None:
+        ttl_s = ttl_s if kind is ClaimKind.LEASE else None
+        self.world.claim(kind, ref, device, fresh, ttl_s)  # type: ignore[arg-type]
+        self.then()
+
+    @precondition(lambda self: self.world.state.claims)
+    @rule(index=indices)
+    def end_claim(self, index: int) -> None:
+        claims = list(self.world.state.claims)
+        self.world.happen(t.ClaimEnded(claims[index % len(claims)]))
+        self.then()
+
+    @precondition(lambda self: self.world.state.timed)
+    @rule(index=indices)
+    def renew(self, index: int) -> None:
+        claims = list(self.world.state.timed)
+        self.world.happen(t.Renewed(claims[index % len(claims)], self.world.now + 100.0))
+        self.then()
+
+    # --- works ------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.world.works)
+    @rule(index=indices, outcome=outcomes)
+    def finish(self, index: int, outcome: str) -> None:
+        self.world.finish(index, outcome)
+        self.then()
+
+    @precondition(lambda self: self.world.works)
+    @rule()
+    def finish_all(self) -> None:
+        for _ in range(40):
+            if not self.world.works:
+                break
+            self.world.finish(0, "ok")
+            self.world.tick()
+        self.then()
+
+    @rule(ref=st.sampled_from([ref for ref, versions in ORIGIN.items() if len(versions) > 1]))
+    def origin_changes(self, ref: str) -> None:
+        self.world.version[ref] += 1  # type: ignore[index]
+
+    # --- memory -----------------------------------------------------------------------------
+
+    @rule(ahead=st.booleans())
+    def standby_tells(self, ahead: bool) -> None:
+        self.world.see_standby(ahead)
+        self.then()
+
+    @precondition(lambda self: self.world.connected)
+    @rule(died=st.booleans(), late=st.booleans())
+    def standby_goes(self, died: bool, late: bool) -> None:
+        self.world.lose_standby(died, late)
+        self.then()
+
+    # --- the rest ---------------------------------------------------------------------------
+
+    @precondition(lambda self: self.world.state.artifacts)
+    @rule(index=indices, content=indices)
+    def rot(self, index: int, content: int) -> None:
+        artifacts = [a for a in self.world.state.artifacts.values() if self.world.state.is_verified(a.artifact.id)]
+        if artifacts:
+            blobs = artifacts[index % len(artifacts)].artifact.blobs
+            self.world.rot(blobs[content % len(blobs)][0])
+        self.then()
+
+    @precondition(lambda self: self.world.state.artifacts)
+    @rule(index=indices)
+    def ask_evict(self, index: int) -> None:
+        artifacts = list(self.world.state.artifacts)
+        self.world.ask_evict(artifacts[index % len(artifacts)])
+        self.then()
+
+    @precondition(lambda self: self.world.state.artifacts)
+    @rule(index=indices)
+    def use(self, index: int) -> None:
+        artifacts = list(self.world.state.artifacts)
+        self.world.happen(t.Used(artifacts[index % len(artifacts)]))
+        self.then()
+
+    @rule(seconds=st.sampled_from([0.01, 1.0, 16.0, 60.0, 301.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.world.tick()
+        self.world.now += seconds
+        self.then()
+
+    @rule(connected=st.booleans())
+    def restart(self, connected: bool) -> None:
+        self.world.restart()
+        if connected:
+            self.world.see_standby()
+        self.then()
+
+    def teardown(self) -> None:
+        self.world.tick()
+        self.world.calm_down()
+        self.world.check_met()
+
+
+TestNode = Node.TestCase
+TestNode.settings = settings(
+    max_examples=int(EXAMPLES or 100),
+    stateful_step_count=50,
+    derandomize=EXAMPLES is None,
+    database=None,
+    deadline=None,
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)

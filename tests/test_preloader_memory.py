@@ -1,0 +1,264 @@
+"""One suite that every kind of memory passes, and what only locked host memory can show."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from residentkit import MIB, blob_of, content, locked_bytes, rounded
+
+from cached.model import CHUNK_BYTES, Blob, CachedError, Digest
+from preloader.groups import HEADROOM_BYTES, Groups, own_groups
+from preloader.memory import Memory, Piece
+from preloader.memory.host import HostMemory, lock_allowance
+
+SIZE = CHUNK_BYTES + 3 * MIB + 5
+ALLOWANCE, WHY_NOT = lock_allowance()
+can_lock = pytest.mark.skipif(
+    ALLOWANCE is not None, reason=WHY_NOT or "the limit on locked memory is too low"
+)
+
+
+def locking(groups: Groups, **more: object) -> HostMemory:
+    return HostMemory(groups, None, **more)  # type: ignore[arg-type]
+
+
+def unlocked(groups: Groups, **more: object) -> HostMemory:
+    return HostMemory(groups, 0, "not allowed here", **more)  # type: ignore[arg-type]
+
+
+KINDS = [pytest.param(locking, id="host-locked", marks=can_lock), pytest.param(unlocked, id="host-unlocked")]
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture
+def data() -> bytes:
+    return content(SIZE)
+
+
+@pytest.fixture
+def source(tmp_path: Path, data: bytes) -> Path:
+    path = tmp_path / "blob"
+    path.write_bytes(data)
+    return path
+
+
+@pytest.fixture
+def pieces() -> Iterator[list[Piece]]:
+    made: list[Piece] = []
+    yield made
+    for piece in made:
+        piece.close()
+
+
+def hold(memory: Memory, blob: Blob, path: Path, pieces: list[Piece]) -> Piece:
+    memory.admit(blob.size_bytes)
+    piece = memory.hold(blob, os.open(path, os.O_RDONLY))
+    pieces.append(piece)
+    return piece
+
+
+def filled(piece: Piece, blob: Blob) -> list[str]:
+    """Every chunk brought in; their digests."""
+    found = []
+    for offset in range(0, blob.size_bytes, CHUNK_BYTES):
+        size = min(CHUNK_BYTES, blob.size_bytes - offset)
+        piece.fill(offset, size)
+        found.append(piece.digest(offset, size))
+    return found
+
+
+@each_kind
+def test_digests_are_those_of_the_bytes(kind, source: Path, data: bytes, pieces: list[Piece]) -> None:
+    blob = blob_of(data)
+    piece = hold(kind(own_groups()), blob, source, pieces)
+    assert filled(piece, blob) == list(blob.chunks)
+
+
+@each_kind
+def test_a_flipped_byte_shows(kind, source: Path, data: bytes, pieces: list[Piece]) -> None:
+    blob = blob_of(data)
+    with source.open("r+b") as file:
+        file.seek(CHUNK_BYTES + 7)
+        file.write(bytes([data[CHUNK_BYTES + 7] ^ 1]))
+    first, second = filled(hold(kind(own_groups()), blob, source, pieces), blob)
+    assert first == blob.chunks[0] and second != blob.chunks[1]
+
+
+@each_kind
+def test_the_descriptor_reads_the_content(kind, source: Path, data: bytes, pieces: list[Piece]) -> None:
+    piece = hold(kind(own_groups()), blob_of(data), source, pieces)
+    assert os.pread(piece.fd, 100, CHUNK_BYTES) == data[CHUNK_BYTES : CHUNK_BYTES + 100]
+    with pytest.raises(OSError):
+        os.write(piece.fd, b"x")
+
+
+@each_kind
+def test_nothing_is_a_content_too(kind, tmp_path: Path, pieces: list[Piece]) -> None:
+    (tmp_path / "empty").touch()
+    blob = blob_of(b"")
+    piece = hold(kind(own_groups()), blob, tmp_path / "empty", pieces)
+    assert filled(piece, blob) == []
+    piece.keep()
+    piece.close()
+
+
+@each_kind
+def test_closing_twice_is_harmless(kind, source: Path, data: bytes, pieces: list[Piece]) -> None:
+    piece = hold(kind(own_groups()), blob_of(data), source, pieces)
+    fd = piece.fd
+    piece.close()
+    piece.close()
+    with pytest.raises(OSError):
+        os.fstat(fd)
+
+
+@each_kind
+def test_a_file_that_became_shorter_is_an_error_not_our_end(
+    kind, source: Path, data: bytes, pieces: list[Piece]
+) -> None:
+    blob = blob_of(data)
+    piece = hold(kind(own_groups()), blob, source, pieces)
+    os.truncate(source, CHUNK_BYTES)
+    with pytest.raises(OSError, match="ends at byte"):
+        filled(piece, blob)
+    assert not piece.locked
+
+
+@each_kind
+def test_admission_goes_by_the_group_and_by_what_is_held(
+    kind, tmp_path: Path, source: Path, data: bytes, pieces: list[Piece]
+) -> None:
+    (tmp_path / "memory.max").write_text(str(2 * SIZE + HEADROOM_BYTES))
+    (tmp_path / "memory.current").write_text("0")
+    (tmp_path / "memory.stat").write_text("")
+    memory = kind(Groups((tmp_path,), 2))
+    assert memory.limit_bytes() == 2 * SIZE + HEADROOM_BYTES
+    piece = hold(memory, blob_of(data), source, pieces)
+    memory.admit(SIZE)
+    with pytest.raises(CachedError, match="do not fit") as caught:
+        memory.admit(SIZE + 1)
+    assert caught.value.problem.temporary
+    piece.close()
+    memory.admit(SIZE + 1)
+    with pytest.raises(CachedError, match="exceed"):
+        memory.admit(2 * SIZE + 1)
+
+
+# --- locking ------------------------------------------------------------------------------------
+
+
+@can_lock
+def test_filled_chunks_are_locked_and_closing_unlocks(source: Path, data: bytes, pieces: list[Piece]) -> None:
+    blob, before = blob_of(data), locked_bytes()
+    piece = hold(locking(own_groups()), blob, source, pieces)
+    piece.fill(0, CHUNK_BYTES)
+    assert locked_bytes() - before == CHUNK_BYTES
+    filled(piece, blob)
+    assert locked_bytes() - before == rounded(SIZE) and piece.locked
+    piece.close()
+    assert locked_bytes() == before
+
+
+def test_unlocked_says_so_and_locks_nothing(source: Path, data: bytes, pieces: list[Piece]) -> None:
+    blob, before, memory = blob_of(data), locked_bytes(), unlocked(own_groups())
+    piece = hold(memory, blob, source, pieces)
+    filled(piece, blob)
+    piece.keep()
+    assert not piece.locked and locked_bytes() == before
+    assert memory.cannot_lock_reason == "not allowed here"
+
+
+@can_lock
+def test_an_allowance_is_all_or_nothing_for_a_load(source: Path, data: bytes, pieces: list[Piece]) -> None:
+    blob = blob_of(data)
+    memory = HostMemory(own_groups(), SIZE - 1)
+    assert memory.cannot_lock_reason == ""
+    assert not hold(memory, blob, source, pieces).locked
+    assert str(SIZE - 1) in memory.cannot_lock_reason and str(SIZE) in memory.cannot_lock_reason
+
+
+@can_lock
+def test_successors_are_told_of_what_is_locked(source: Path, data: bytes, pieces: list[Piece]) -> None:
+    told: list[tuple[Digest, bool]] = []
+    blob = blob_of(data)
+    memory = locking(own_groups(), tell=lambda digest, vouched: told.append((digest, vouched)))
+    piece = hold(memory, blob, source, pieces)
+    filled(piece, blob)
+    assert told == []
+    piece.keep()
+    piece.close()
+    assert told == [(blob.sha256, True), (blob.sha256, False)]
+
+
+# --- who is charged -----------------------------------------------------------------------------
+
+
+def group_that_is_never_charged(tmp_path: Path, limit: str) -> Groups:
+    directory = tmp_path / "group"
+    directory.mkdir()
+    (directory / "memory.max").write_text(limit)
+    (directory / "memory.current").write_text("0")
+    (directory / "memory.stat").write_text("unevictable 0\n")
+    return Groups((directory,), 2)
+
+
+@can_lock
+def test_pages_charged_elsewhere_are_refused(tmp_path: Path, pieces: list[Piece]) -> None:
+    # Larger than any imprecision, and sparse: only its pages matter.
+    size = 8 * MIB + (os.cpu_count() or 1) * MIB
+    path = tmp_path / "blob"
+    path.touch()
+    os.truncate(path, size)
+    blob = replace(blob_of(b""), size_bytes=size)
+    memory = locking(group_that_is_never_charged(tmp_path, "max"))
+    piece = hold(memory, blob, path, pieces)
+    memory.audit()
+    filled(piece, blob)
+    with pytest.raises(CachedError, match="charged to another control group") as caught:
+        memory.audit()
+    assert caught.value.problem.temporary
+    piece.close()
+    memory.audit()
+    alike = locking(memory._groups, same_group=True)
+    filled(hold(alike, blob, path, pieces), blob)
+    alike.audit()
+
+
+def cached_pages(path: Path, size: int) -> int:
+    """How much of a file's beginning can be read without waiting for a disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return os.preadv(fd, [bytearray(size)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return 0
+    finally:
+        os.close(fd)
+
+
+@can_lock
+@pytest.mark.parametrize(
+    ("limit", "more", "kept"),
+    [
+        (str(256 * MIB), {}, False),
+        ("max", {}, True),
+        (str(256 * MIB), {"same_group": True}, True),
+        (str(256 * MIB), {"vouched": "it"}, True),
+    ],
+    ids=["limited", "unlimited", "same-group", "vouched"],
+)
+def test_a_limited_group_reads_pages_on_its_own_account(
+    tmp_path: Path, source: Path, data: bytes, pieces: list[Piece], limit: str, more: dict, kept: bool
+) -> None:
+    blob = blob_of(data)
+    with source.open("rb") as file:
+        os.fsync(file.fileno())
+        file.read()
+    if not cached_pages(source, MIB):
+        pytest.skip("this file system does not tell what is cached")
+    more = {"vouched": [blob.sha256]} if "vouched" in more else more
+    hold(locking(group_that_is_never_charged(tmp_path, limit), **more), blob, source, pieces)
+    assert (cached_pages(source, MIB) == MIB) is kept
