@@ -273,7 +273,7 @@ def _declared(holder: pb.Holder) -> Holder:
 
 def _word(text: str) -> str:
     """What a client declares, made fit for a log line: printable and short."""
-    return "".join(c if c.isprintable() else "?" for c in text[:MAX_WORD_CHARS])
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:MAX_WORD_CHARS]).split())
 
 
 # --- out ------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ MAX_SOCKET_PATH_BYTES = 100
 MAX_RPCS = 4096
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 GRACE_S = 2.0
-PARK_S = 10.0
 KEEP_PRELOADER_S = 1.0
+PRELOADER_STOP_S = 5.0
 OPEN_FILES = 65_536
 
 logger = structlog.get_logger("cached")
@@ -60,6 +60,10 @@ def main() -> None:
         sys.exit(2 if error.problem.kind is ErrorKind.INVALID else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:
+        # A bug of ours, or a disk that cannot be trusted any more. The next start recovers; this one cannot.
+        logger.critical("the daemon cannot go on", exc_info=True)
+        sys.exit(1)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         "serve",
         help="run the node's daemon",
         description="Run the node's daemon: fetch and prove model weights, keep them warm, hand them over.",
-        epilog="example: cached serve --with-preloader --data-dir ./data --run-dir ./run --http 127.0.0.1:9470",
+        epilog="example: cached serve --with-preloader --data-dir D --run-dir R --http 127.0.0.1:9470",
     )
     serve.add_argument("--config", type=Path, metavar="FILE", help="TOML file (default: $CACHED_CONFIG)")
     serve.add_argument("--data-dir", metavar="DIR", help="where weights are kept (default: /var/lib/cached)")
@@ -79,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "--grpc",
         metavar="HOST:PORT",
         type=_address,
-        help="serve replicas over TCP too (no descriptors there)",
+        help="serve replicas over TCP too, without descriptors",
     )
     serve.add_argument("--with-preloader", action="store_true", help="run the preloader too, for one machine")
     return parser
@@ -218,7 +222,7 @@ class _Preloader:
                     await self._run_one()
                 await asyncio.sleep(KEEP_PRELOADER_S)
         finally:
-            self._stop()
+            await self._stop()
 
     async def _run_one(self) -> None:
         # A session of its own: a terminal's Ctrl-C is ours to pass on, and our own death not its end.
@@ -230,11 +234,15 @@ class _Preloader:
         code = await process.wait()
         logger.warning("the preloader ended and is started again", code=code)
 
-    def _stop(self) -> None:
-        """End whoever holds the lock: the one we started, or the one we found."""
-        with contextlib.suppress(CachedError, ValueError, ProcessLookupError, PermissionError):
-            if self._fs.is_locked(self._lock):
-                os.kill(int(self._fs.read_file(self._lock)), signal.SIGTERM)
+    async def _stop(self) -> None:
+        """End whoever holds the lock, the one we started or the one we found, and wait for it."""
+        for number, wait_s in ((signal.SIGTERM, PRELOADER_STOP_S), (signal.SIGKILL, KEEP_PRELOADER_S)):
+            deadline = asyncio.get_running_loop().time() + wait_s
+            with contextlib.suppress(CachedError, ValueError, ProcessLookupError, PermissionError):
+                if self._fs.is_locked(self._lock):
+                    os.kill(int(self._fs.read_file(self._lock)), number)
+            while self._fs.is_locked(self._lock) and asyncio.get_running_loop().time() < deadline:
+                await asyncio.sleep(0.02)
 
 
 # --- serving --------------------------------------------------------------------------------

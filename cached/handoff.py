@@ -52,7 +52,7 @@ class Package:
 
 
 Redeem = Callable[[str, int], Awaitable[Package]]
-"""(token, verified uid) -> package. Raises model.CachedError; the client acquires anew on a temporary one."""
+"""(token, verified uid) -> package. Raises model.CachedError, ``BAD_TOKEN`` for one that a restart forgot."""
 
 
 class HandoffServer:

@@ -274,7 +274,7 @@ def parse_device(text: str) -> Device:
 
 
 def check_relative_path(path: str) -> None:
-    """Refuse a file name that is absolute, climbs, hides or cannot be a name. Raises CachedError (INVALID)."""
+    """Refuse a file name that is absolute, climbs or cannot be a name. Raises CachedError (INVALID)."""
     parts = path.split("/")
     if (
         not path

@@ -29,13 +29,14 @@ from cached.model import (
     ArtifactId,
     Blob,
     Digest,
+    ErrorKind,
     Manifest,
     ManifestFile,
     Problem,
     Ref,
     RevisionKey,
     artifact_id,
-    temporary,
+    permanent,
 )
 from cached.safetensors import parse_header
 from cached.v1 import model_cache_pb2 as pb
@@ -145,7 +146,7 @@ class FakeDaemon(ModelCacheServicer):
     async def _redeem(self, token: str, uid: int) -> Package:
         if self.forgets_tokens or token not in self._tokens:
             self.forgets_tokens = max(0, self.forgets_tokens - 1)
-            raise temporary("UNKNOWN_TOKEN", "this token is not known", "acquire again", 0.1)
+            raise permanent(ErrorKind.DENIED, "BAD_TOKEN", "this token is not known", "acquire again")
         lease_id, device = self._tokens.pop(token)
         self.uids.append(uid)
         lease = os.open(self.leases / lease_id, os.O_RDWR | os.O_CREAT)
@@ -174,8 +175,9 @@ class FakeDaemon(ModelCacheServicer):
             os.close(fd)
         return False
 
-    def freed_within(self, lease_id: str, limit_s: float) -> bool:
-        end = time.monotonic() + limit_s
+    def is_freed(self, lease_id: str) -> bool:
+        """Whether the lease ends: at once, but for what a loaded machine and the server's threads take."""
+        end = time.monotonic() + 15
         while self.holds(lease_id):
             if time.monotonic() > end:
                 return False

@@ -300,14 +300,7 @@ class MemFs:
         return sorted(self._dir(path).names)
 
     def files_under(self, path: Path) -> dict[str, int]:
-        found: dict[str, int] = {}
-        for name, node in self._dir(path).names.items():
-            if isinstance(node, File):
-                found[name] = len(node.content)
-            else:
-                below = self.files_under(path / name)
-                found.update({f"{name}/{rest}": size_bytes for rest, size_bytes in below.items()})
-        return found
+        return dict(_files(self._dir(path), ""))
 
     def size_bytes(self, path: Path) -> int | None:
         node = self._find(path)
@@ -321,11 +314,19 @@ class MemFs:
 
     def disk_bytes(self, path: Path) -> tuple[int, int]:
         self._dir(path)
-        return DISK_BYTES, DISK_BYTES - sum(size for size in self.files_under(Path("/")).values())
+        return DISK_BYTES, DISK_BYTES - sum(self.files_under(Path("/")).values())
 
 
 def _refused(number: int, path: Path) -> Exception:
     return world_error(OSError(number, os.strerror(number)), path)
+
+
+def _files(directory: Dir, prefix: str) -> Iterator[tuple[str, int]]:
+    for name, node in directory.names.items():
+        if isinstance(node, File):
+            yield prefix + name, len(node.content)
+        else:
+            yield from _files(node, f"{prefix}{name}/")
 
 
 def _apply(change: Change, names: dict[str, Node]) -> None:

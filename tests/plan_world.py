@@ -427,11 +427,11 @@ class World:
         return proven.artifact.blobs if proven else ()
 
     def standing(self, but: RevisionKey | ArtifactId | None = None) -> list[dict[str, int]]:
-        """What counts on disk: artifacts until they are evicted or quarantined, and what is set aside."""
+        """What counts on disk: artifacts until they are gone, and what is set aside."""
         found: list[dict[str, int]] = [
             dict(p.artifact.blobs)
             for p in self.state.artifacts.values()
-            if p.step is not t.DiskStep.EVICTING and p.artifact.id != but
+            if p.artifact.id != but
         ]
         transfers = [x for x in self.state.transfers.values() if x.reserved and x.revision.key != but]
         return found + [keys_of(x.revision) for x in transfers]
@@ -463,7 +463,8 @@ class World:
         ]
         for transfer in state.transfers.values():
             key = transfer.revision.key
-            if transfer.reserved and key != but and self.wanting(key):
+            kept = transfer.reserved and transfer.step is not t.Step.DISCARDING
+            if kept and key != but and self.wanting(key):
                 held.append(keys_of(transfer.revision))
         return held
 
@@ -535,10 +536,11 @@ class World:
     def check_records(self) -> None:
         """No record outlives its reason, and none is missing."""
         state = self.state
-        active = {k for k, x in state.transfers.items() if x.step in (t.Step.RUNNING, t.Step.STOPPING)}
+        idle = (t.Step.IDLE, t.Step.FAILED, t.Step.REFUSED)
+        active = {k for k, x in state.transfers.items() if x.step not in idle}
         assert set(state.running) == active and set(state.idle_transfers) == set(state.transfers) - active
         for key, transfer in state.transfers.items():
-            assert transfer.reserved or self.wanting(key) or transfer.step is t.Step.STOPPING, "a leak"
+            assert transfer.reserved or self.wanting(key), "a leak"
         for claim in state.claims.values():
             lacks = claim.revision is not None and claim.artifact is None
             assert not lacks or claim.revision in state.transfers, "nothing to fetch for a claim"

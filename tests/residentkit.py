@@ -90,3 +90,11 @@ def rounded(size_bytes: int) -> int:
     """To whole pages, as memory is locked."""
     page = os.sysconf("SC_PAGE_SIZE")
     return -(-size_bytes // page) * page
+
+
+def may_mount_read_only() -> bool:
+    """Whether this process has what the store's read-only view takes; says nothing of whether it works."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    effective = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff:"))
+    linux = tuple(int(part) for part in os.uname().release.split(".")[:2])
+    return bool(effective >> 21 & 1) and linux >= (5, 12)

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -174,7 +173,15 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 
 
 def environment(daemon: Daemon, **more: str) -> dict[str, str]:
-    known = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "GRPC_VERBOSITY")}
+    foreign = (
+        "NO_COLOR",
+        "FORCE_COLOR",
+        "GRPC_VERBOSITY",
+        "CACHED_ADDRESS",
+        "CACHED_DATA_DIR",
+        "PYTHONUNBUFFERED",
+    )
+    known = {k: v for k, v in os.environ.items() if k not in foreign}
     return known | {"CACHED_RUN_DIR": str(daemon.run_dir), "TERM": "xterm", "COLUMNS": "80"} | more
 
 
@@ -335,6 +342,19 @@ def test_colours_are_left_out_where_none_are_wanted(
     assert bool(re.search(r"\x1b\[[0-9;]*3[0-7]m", terminal.end())) is coloured
 
 
+def test_colours_that_are_forced_into_a_pipe_bring_no_live_line_and_no_folding(daemon: Daemon) -> None:
+    model = pb.Model(ref=REF, state="verified", attested=True, bytes=5)
+    daemon.answers |= {
+        "List": pb.ListResponse(models=[model]),
+        "Pin": [op.ClaimEvent(progress=FETCHING), op.ClaimEvent(done=model)],
+    }
+    env = environment(daemon, FORCE_COLOR="1")
+    listed = subprocess.run([*CACHECTL, "ls"], capture_output=True, text=True, timeout=30, env=env)
+    assert REF in listed.stdout and "\x1b[32m" in listed.stdout
+    pinned = subprocess.run([*CACHECTL, "pin", REF], capture_output=True, text=True, timeout=30, env=env)
+    assert pinned.stderr == "fetching 41%, 1.2 GB of 2.9 GB, 118.0 MB/s, 14s left\n"
+
+
 def test_a_reader_that_has_seen_enough_is_no_error(daemon: Daemon) -> None:
     # More than a pipe and the reader's buffer take, so that the writer does find it closed.
     models = [pb.Model(ref=f"https://h/{n}/{'x' * 1000}/", state="verified") for n in range(500)]
@@ -355,9 +375,10 @@ def test_a_reader_that_has_seen_enough_is_no_error(daemon: Daemon) -> None:
 
 def test_help_is_quick() -> None:
     def took_s() -> float:
-        started = time.monotonic()
+        before = os.times()
         subprocess.run([*CACHECTL, "--help"], check=True, stdout=subprocess.DEVNULL, timeout=30)
-        return time.monotonic() - started
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
 
-    # The best of a few, as the machine may be busy; 0.2 s is usual.
-    assert min(took_s() for _ in range(3)) < 1.0
+    # Of the processor, not of the clock, as the machine may be busy; 0.2 s is usual, gRPC would add as much.
+    assert min(took_s() for _ in range(2)) < 0.7

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,7 +49,7 @@ def daemon(tmp_path: Path) -> Iterator[FakeDaemon]:
 
 @pytest.fixture(params=["disk", "host"])
 def model(request: pytest.FixtureRequest, daemon: FakeDaemon) -> Iterator[cached.Model]:
-    with cached.acquire(REF, on=request.param, run_dir=daemon.run_dir, timeout_s=10) as acquired:
+    with cached.acquire(REF, on=request.param, run_dir=daemon.run_dir, timeout_s=30) as acquired:
         yield acquired
 
 
@@ -68,18 +68,23 @@ def output_of(process: subprocess.Popen[str]) -> str:
     return said
 
 
-def open_fds_settle_at(most: int) -> bool:
-    """Whether so few stay open; the fake, and gRPC, close their connections in the background."""
-    end = time.monotonic() + 3
-    while len(os.listdir("/proc/self/fd")) > most:
+def eventually(holds: Callable[[], bool]) -> bool:
+    """Whether it comes true; the fake, and gRPC, close their descriptors in the background."""
+    end = time.monotonic() + 15
+    while not holds():
         if time.monotonic() > end:
             return False
         time.sleep(0.01)
     return True
 
 
-def is_open(fd: int) -> bool:
-    return os.path.lexists(f"/proc/self/fd/{fd}")
+def open_paths() -> list[str]:
+    """What this process, and so the fake in it, has open."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # another thread has closed it meanwhile
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return found
 
 
 def mapped_file(address: int) -> str:
@@ -138,7 +143,7 @@ def test_load_state_dict_takes_the_tensors_themselves(daemon: FakeDaemon, model:
 
 def test_a_write_stays_this_replicas_own(daemon: FakeDaemon, model: cached.Model) -> None:
     before = model.tensors["net.weight"].clone()
-    with cached.acquire(REF, on=model.device, run_dir=daemon.run_dir, timeout_s=10) as other:
+    with cached.acquire(REF, on=model.device, run_dir=daemon.run_dir, timeout_s=30) as other:
         theirs = other.tensors["net.weight"]
         model.tensors["net.weight"].zero_()
         assert torch.equal(model.tensors["net.weight"], torch.zeros(4, 3)), "it is written here"
@@ -183,7 +188,7 @@ def test_many_tensors_in_more_files_than_one_message_carries(tmp_path: Path) -> 
     daemon = FakeDaemon(tmp_path, files)
     daemon.start()
     try:
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(open_paths())
         with cached.acquire(REF, on="host", run_dir=daemon.run_dir, timeout_s=20) as model:
             assert len(model.tensors) == 1040
             for name, tensor in model.tensors.items():
@@ -191,7 +196,7 @@ def test_many_tensors_in_more_files_than_one_message_carries(tmp_path: Path) -> 
                 assert torch.equal(tensor, torch.full((3,), f + t / 10))
         del model, tensor
         # The fake keeps a descriptor of each blob, as a daemon does; the client keeps none.
-        assert open_fds_settle_at(before + 260)
+        assert eventually(lambda: len(open_paths()) <= before + 260)
     finally:
         daemon.stop()
 
@@ -199,7 +204,7 @@ def test_many_tensors_in_more_files_than_one_message_carries(tmp_path: Path) -> 
 FEW_DESCRIPTORS = """
 import resource, sys, cached
 resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80))
-with cached.acquire(sys.argv[1], on="host", timeout_s=10) as model:
+with cached.acquire(sys.argv[1], on="host", timeout_s=30) as model:
     print(len(model.tensors))
 """
 
@@ -215,44 +220,43 @@ def test_mapping_needs_no_more_descriptors_than_came(tmp_path: Path) -> None:
 
 
 def test_what_has_no_tensors_is_closed_once_the_rest_is_mapped(daemon: FakeDaemon) -> None:
-    with cached.acquire(REF, on="host", run_dir=daemon.run_dir, timeout_s=10) as model:
+    with cached.acquire(REF, on="host", run_dir=daemon.run_dir, timeout_s=30) as model:
         assert len(model.tensors) == 4
-        mine = [
-            os.readlink(f"/proc/self/fd/{fd}") for fd in map(int, os.listdir("/proc/self/fd")) if is_open(fd)
-        ]
-        assert mine.count(str(daemon.tree / "config.json")) == 1, "the fake's own"
+        config = str(daemon.tree / "config.json")
+        assert eventually(lambda: open_paths().count(config) == 1), "the fake's own"
 
 
 # --- the lease ---
 
 
 def test_the_lease_lives_from_acquire_to_close(daemon: FakeDaemon) -> None:
-    model = cached.acquire(REF, run_dir=daemon.run_dir, timeout_s=10)
+    model = cached.acquire(REF, run_dir=daemon.run_dir, timeout_s=30)
     assert daemon.holds(model.lease_id)
     assert os.get_inheritable(model.lease_fd)
     _ = model.tensors["net.bias"]
     model.close()
-    assert daemon.freed_within(model.lease_id, 1), "tensors do not prolong it"
+    assert daemon.is_freed(model.lease_id), "tensors do not prolong it"
 
 
 def test_a_with_block_ends_the_lease(daemon: FakeDaemon) -> None:
-    with pytest.raises(ZeroDivisionError), cached.acquire(REF, run_dir=daemon.run_dir, timeout_s=10) as model:
+    with pytest.raises(ZeroDivisionError), cached.acquire(REF, run_dir=daemon.run_dir, timeout_s=30) as model:
         raise ZeroDivisionError
-    assert daemon.freed_within(model.lease_id, 1)
+    assert daemon.is_freed(model.lease_id)
 
 
 def test_closing_frees_every_descriptor(daemon: FakeDaemon) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_paths())
     for _ in range(5):
-        model = cached.acquire(REF, on="host", run_dir=daemon.run_dir, timeout_s=10)
+        model = cached.acquire(REF, on="host", run_dir=daemon.run_dir, timeout_s=30)
         model.close()
-        assert daemon.freed_within(model.lease_id, 1)
-    assert open_fds_settle_at(before + len(daemon.manifest.distinct_blobs())), "only the fake's blobs stay"
+        assert daemon.is_freed(model.lease_id)
+    most = before + len(daemon.manifest.distinct_blobs())
+    assert eventually(lambda: len(open_paths()) <= most), "only the fake's blobs stay"
 
 
 EXEC = """
 import os, sys, cached
-model = cached.acquire(sys.argv[1], on="host", timeout_s=10)
+model = cached.acquire(sys.argv[1], on="host", timeout_s=30)
 print(model.lease_id, flush=True)
 os.execv(sys.executable, [sys.executable, "-c", "import sys; print('exec', flush=True); sys.stdin.read()"])
 """
@@ -266,19 +270,19 @@ def test_the_lease_lives_through_exec_and_ends_with_sigkill(daemon: FakeDaemon) 
         assert process.stdout.readline() == "exec\n"
         assert daemon.holds(lease_id)
         process.kill()
-        assert daemon.freed_within(lease_id, 1)
+        assert daemon.is_freed(lease_id)
 
 
 FORK = """
 import os, sys, cached
-model = cached.acquire(sys.argv[1], on="host", timeout_s=10)
+model = cached.acquire(sys.argv[1], on="host", timeout_s=30)
 total = float(model.tensors["net.weight"].sum())
 child = os.fork()
 if child:
     print(model.lease_id, flush=True)
     model.close()
     os.kill(os.getpid(), 9)
-with cached.acquire(sys.argv[1], on="disk", timeout_s=10) as again:
+with cached.acquire(sys.argv[1], on="disk", timeout_s=30) as again:
     same = float(again.tensors["net.weight"].sum()) == total
 print(same, float(model.tensors["net.weight"].sum()) == total, flush=True)
 sys.stdin.read()
@@ -291,10 +295,10 @@ def test_a_forked_child_keeps_lease_and_tensors_and_can_acquire(daemon: FakeDaem
     with process:
         lease_id = process.stdout.readline().strip()
         assert process.stdout.readline() == "True True\n"
-        assert process.wait(10) == -signal.SIGKILL
+        assert process.wait(30) == -signal.SIGKILL
         assert daemon.holds(lease_id), "the child has it still"
         process.stdin.close()
-        assert daemon.freed_within(lease_id, 2)
+        assert daemon.is_freed(lease_id)
 
 
 # --- being light ---
@@ -326,7 +330,7 @@ WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None  # as if it were not installed
 import cached
-with cached.acquire(sys.argv[1], on=sys.argv[2], timeout_s=10) as model:
+with cached.acquire(sys.argv[1], on=sys.argv[2], timeout_s=30) as model:
     print((model.path / "config.json").read_text(), len(model.tensors))
     try:
         model.tensors["net.bias"]
@@ -342,13 +346,13 @@ def test_the_path_needs_no_torch(daemon: FakeDaemon, device: str) -> None:
 
 AFTERWARDS = """
 import os, sys, time, cached
-model = cached.acquire(sys.argv[1], timeout_s=10)
+model = cached.acquire(sys.argv[1], timeout_s=30)
 
 def sockets():
     paths = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
     return [path for path in paths if os.path.lexists(path) and os.readlink(path).startswith("socket:")]
 
-end = time.monotonic() + 5  # gRPC closes in the background
+end = time.monotonic() + 15  # gRPC closes in the background
 while (sockets() or len(os.listdir("/proc/self/task")) > 1) and time.monotonic() < end:
     time.sleep(0.01)
 print(len(sockets()), len(os.listdir("/proc/self/task")))
@@ -363,7 +367,7 @@ def test_neither_connection_nor_thread_of_grpc_is_left(daemon: FakeDaemon) -> No
 
 
 def test_the_holder_is_declared_and_its_uid_seen(daemon: FakeDaemon) -> None:
-    script = "import sys, cached; cached.acquire(sys.argv[1], timeout_s=10)"
+    script = "import sys, cached; cached.acquire(sys.argv[1], timeout_s=30)"
     process = in_a_process(daemon, script, "\udcff" * 3 + "x" * 500, POD_NAME="web-1")
     output_of(process)
     holder = daemon.requests[0].holder
@@ -392,20 +396,20 @@ def test_request_and_progress(daemon: FakeDaemon) -> None:
 
 def test_the_stream_is_read_to_its_end(daemon: FakeDaemon) -> None:
     # Breaking it off after the grant would cancel the call, and a daemon may take that for a refusal.
-    cached.acquire(REF, run_dir=daemon.run_dir, timeout_s=10).close()
+    cached.acquire(REF, run_dir=daemon.run_dir, timeout_s=30).close()
     assert daemon.read_to_the_end == [True]
 
 
 def test_an_address_leads_to_the_handoff_beside_it(daemon: FakeDaemon) -> None:
     address = f"unix:{daemon.replicas}/cached.sock"
-    cached.acquire(REF, address=address, timeout_s=10).close()
+    cached.acquire(REF, address=address, timeout_s=30).close()
 
 
 def test_the_data_directory_may_be_mounted_elsewhere(daemon: FakeDaemon, tmp_path: Path) -> None:
     elsewhere = tmp_path / "mounted"
     elsewhere.symlink_to(daemon.data_dir)
     script = (
-        "import sys, cached; m = cached.acquire(sys.argv[1], timeout_s=10); print(m.path, len(m.tensors))"
+        "import sys, cached; m = cached.acquire(sys.argv[1], timeout_s=30); print(m.path, len(m.tensors))"
     )
     said = output_of(in_a_process(daemon, script, CACHED_DATA_DIR=str(elsewhere)))
     assert said == f"{elsewhere}/trees/{daemon.tree.name} 4\n"
@@ -414,7 +418,7 @@ def test_the_data_directory_may_be_mounted_elsewhere(daemon: FakeDaemon, tmp_pat
 # --- what goes wrong ---
 
 
-def refused(daemon: FakeDaemon, on: str = "disk", timeout_s: float = 10.0) -> cached.CachedError:
+def refused(daemon: FakeDaemon, on: str = "disk", timeout_s: float = 30.0) -> cached.CachedError:
     with pytest.raises(cached.CachedError) as caught:
         cached.acquire(REF, on=on, run_dir=daemon.run_dir, timeout_s=timeout_s)
     return caught.value
@@ -440,7 +444,7 @@ def test_a_missing_daemon_is_named_after_the_time_given(tmp_path: Path) -> None:
     begin = time.monotonic()
     with pytest.raises(cached.CachedError) as caught:
         cached.acquire(REF, run_dir=tmp_path, timeout_s=0.5, on_progress=told.append)
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 10
     assert (caught.value.reason, caught.value.exit_code) == ("DAEMON_UNREACHABLE", 6)
     assert f"{tmp_path}/replicas/cached.sock" in caught.value.message
     assert told and told[0].phase == "waiting" and "socket" in told[0].message
@@ -451,7 +455,7 @@ def test_a_daemon_that_comes_later_is_waited_for(tmp_path: Path) -> None:
     late = threading.Timer(0.3, daemon.start)
     late.start()
     try:
-        cached.acquire(REF, run_dir=daemon.run_dir, timeout_s=10).close()
+        cached.acquire(REF, run_dir=daemon.run_dir, timeout_s=30).close()
     finally:
         late.join()
         daemon.stop()
@@ -470,7 +474,7 @@ def test_a_daemon_that_restarts_midway_is_waited_for(tmp_path: Path) -> None:
     restarting = threading.Timer(0.3, restart)
     restarting.start()
     try:
-        cached.acquire(REF, run_dir=daemon.run_dir, timeout_s=10).close()
+        cached.acquire(REF, run_dir=daemon.run_dir, timeout_s=30).close()
         assert len(daemon.requests) == 2
     finally:
         restarting.join()
@@ -479,7 +483,7 @@ def test_a_daemon_that_restarts_midway_is_waited_for(tmp_path: Path) -> None:
 
 def test_a_token_that_a_restart_forgot_is_acquired_anew(daemon: FakeDaemon) -> None:
     daemon.forgets_tokens = 2
-    cached.acquire(REF, run_dir=daemon.run_dir, timeout_s=10).close()
+    cached.acquire(REF, run_dir=daemon.run_dir, timeout_s=30).close()
     assert len(daemon.requests) == 3
 
 
@@ -496,13 +500,13 @@ def test_a_path_that_is_not_mounted_is_refused_and_the_lease_ended(daemon: FakeD
     error = refused(daemon)
     assert error.reason == "PATH_NOT_VISIBLE" and "mount" in error.hint
     (lease,) = os.listdir(daemon.leases)
-    assert daemon.freed_within(lease, 1)
+    assert daemon.is_freed(lease)
 
 
 def test_memory_needs_no_mount(daemon: FakeDaemon) -> None:
-    cached.acquire(REF, on="host", run_dir=daemon.run_dir, timeout_s=10).close()  # the fake has opened it
+    cached.acquire(REF, on="host", run_dir=daemon.run_dir, timeout_s=30).close()  # the fake has opened it
     daemon.tree.rename(daemon.tree.with_name("away"))
-    with cached.acquire(REF, on="host", run_dir=daemon.run_dir, timeout_s=10) as model:
+    with cached.acquire(REF, on="host", run_dir=daemon.run_dir, timeout_s=30) as model:
         assert model.tensors["net.weight"].shape == (4, 3)
 
 
@@ -514,12 +518,12 @@ def test_a_daemon_that_does_not_keep_its_word_is_refused(daemon: FakeDaemon, fau
         daemon.names_id = "sha256:" + "0" * 64
     assert refused(daemon, on="host").reason in ("NO_GRANT", "FOREIGN_HANDOFF")
     for lease in os.listdir(daemon.leases):
-        assert daemon.freed_within(lease, 1)
+        assert daemon.is_freed(lease)
 
 
 @pytest.mark.parametrize("on", ["disk", "host"])
 def test_a_file_of_another_size_is_not_mapped(daemon: FakeDaemon, on: str) -> None:
-    with cached.acquire(REF, on=on, run_dir=daemon.run_dir, timeout_s=10) as model:
+    with cached.acquire(REF, on=on, run_dir=daemon.run_dir, timeout_s=30) as model:
         os.truncate(daemon.tree / "weights/model-00001-of-00002.safetensors", 10)
         with pytest.raises(cached.CachedError) as caught:
             _ = model.tensors
@@ -532,7 +536,7 @@ def test_a_tensor_name_in_two_files_is_refused_with_both(tmp_path: Path) -> None
     daemon = FakeDaemon(tmp_path, {"a.safetensors": save(same), "b.safetensors": save(same, {"x": "y"})})
     daemon.start()
     try:
-        with cached.acquire(REF, run_dir=daemon.run_dir, timeout_s=10) as model:
+        with cached.acquire(REF, run_dir=daemon.run_dir, timeout_s=30) as model:
             assert model.path.is_dir(), "the path is good all the same"
             with pytest.raises(cached.CachedError, match=r"'w'.*a\.safetensors.*b\.safetensors"):
                 _ = model.tensors

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +25,8 @@ from cached.v1.model_cache_pb2_grpc import (
     ModelCacheStub,
     add_ModelCacheServicer_to_server,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Failing(ModelCacheServicer):
@@ -170,6 +175,25 @@ def test_no_socket_no_listener_and_no_port_are_unreachable(tmp_path: Path) -> No
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         error = failure(address)
     assert error.exit_code == 6 and address in error.message
+
+
+DENIED = """
+import os, sys
+from cached.client import rpc
+if os.geteuid() == 0:
+    os.seteuid(65534)  # root may open everything
+print(rpc.unreachable(sys.argv[1]).exit_code)
+"""
+
+
+def test_a_socket_that_may_not_be_opened_is_denied(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(0)
+    command = [sys.executable, "-c", DENIED, f"unix:{closed}/cached.sock"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=60).stdout
+    closed.chmod(0o700)
+    assert said == "7\n"
 
 
 def test_a_daemon_that_hangs_is_a_deadline(tmp_path: Path) -> None:

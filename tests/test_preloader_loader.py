@@ -14,6 +14,7 @@ from residentkit import (
     content,
     locked_bytes,
     manifest_path,
+    may_mount_read_only,
     put_artifact,
     rounded,
 )
@@ -22,14 +23,13 @@ from cached.model import CHUNK_BYTES, CachedError, ErrorKind, Manifest, Resident
 from preloader.groups import PER_CPU_SLACK_BYTES, SLACK_BYTES, Groups, own_groups
 from preloader.loader import LoadCancelled, Loader
 from preloader.memory.host import HostMemory, lock_allowance
-from preloader.view import can_protect
 
 ALLOWANCE, WHY_NOT = lock_allowance()
 can_lock = pytest.mark.skipif(
     ALLOWANCE is not None, reason=WHY_NOT or "the limit on locked memory is too low"
 )
 protects = pytest.mark.skipif(
-    not can_protect(Path("/")), reason="no right to make a read-only mount (CAP_SYS_ADMIN, Linux 5.12)"
+    not may_mount_read_only(), reason="no right to make a read-only mount (CAP_SYS_ADMIN, Linux 5.12)"
 )
 
 BIG = content(CHUNK_BYTES + MIB + 1, seed=1)

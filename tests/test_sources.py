@@ -217,7 +217,7 @@ def test_a_file_that_is_changed_after_it_was_listed_is_noticed(tmp_path: Path, o
         for _ in reader.read(0, 5000, view):
             (tmp_path / "a").write_bytes(b"b" * 2500)
     problem = problem_of(caught)
-    assert problem.reason == "ORIGIN_CHANGED" and problem.temporary
+    assert problem.reason == "ORIGIN_CHANGED" and not problem.temporary
     assert "5000" in problem.message and "2500" in problem.message
 
 
@@ -389,7 +389,7 @@ def test_another_etag_means_that_the_file_was_changed(source: Source, ref: Ref, 
     revision = source.resolve(ref)
     origin.faults["m/a.bin"] = Fault("changed")
     problem = read_refused(source, revision, 0, 100)
-    assert problem.reason == "ORIGIN_CHANGED" and problem.temporary
+    assert problem.reason == "ORIGIN_CHANGED" and not problem.temporary
     assert revision.files[0].version in problem.message
 
 

@@ -328,18 +328,37 @@ def test_a_crash_while_a_store_is_made_is_no_strangers_directory() -> None:
             check(again, start(again)[1], Promises({A.id}))
 
 
+def test_an_evicted_tree_does_not_come_back_in_its_successors_place() -> None:
+    fs = MemFs()
+    store, _ = start(fs)
+    fetch(store, fs, A)
+    store.close()
+    fs = fs.after(Kill())  # by now the kernel has written everything back by itself
+    store, _ = start(fs)
+    store.evict(A.id, A.digests)
+    fetch(store, fs, A)
+    after = fs.after(Fate())
+    check(after, start(after)[1], Promises({A.id}))
+
+
 def test_a_power_cut_after_a_killed_making_is_no_strangers_directory() -> None:
-    fs, killed = MemFs(), list[MemFs]()
-    fs.before_change = lambda: killed.append(fs.copy())
+    for killed in moments_of_making(MemFs(), most=10):
+        for crashed in moments_of_making(killed, most=10):
+            start(crashed.after(Chance(1)))
+            start(crashed.after(Losses()))
+
+
+def moments_of_making(fs: MemFs, most: int) -> list[MemFs]:
+    """Before each of the first changes that opening a store makes: VERSION and the first directories."""
+    moments: list[MemFs] = []
+
+    def keep() -> None:
+        if len(moments) < most:
+            moments.append(fs.copy())
+
+    fs.before_change = keep
     Store.open(ROOT, fs).close()
-    for first in killed[:10]:
-        cut: list[MemFs] = []
-        first.before_change = lambda first=first, cut=cut: cut.append(first.copy())  # type: ignore[misc]
-        Store.open(ROOT, first).close()
-        for crashed in cut[:10]:
-            for seed in SEEDS:
-                store, _ = start(crashed.after(Chance(seed)))
-                store.close()
+    return moments
 
 
 def test_a_file_system_that_ignores_syncs_is_found_out() -> None:

@@ -93,16 +93,23 @@ def perform(options: Options, places: Places) -> int:
     """The whole demo. Returns the exit status; says what went wrong, and what the daemon logged of it."""
     console = Console(highlight=False, soft_wrap=True)
     try:
-        act(console, options, places)
+        stage, models = set_up(console, options, places)
+        try:
+            play(stage, models)
+        except DemoError:
+            stage.daemon.check()  # if it has ended, that is the reason
+            raise
     except DemoError as error:
         console.print(f"\nerror: {error}", style="red", markup=False)
-        if (log := daemon_log(places)).exists():
-            console.print(f"the daemon's last lines:\n{tail(log)}", markup=False)
+        logged = tail(daemon_log(places))
+        if logged not in str(error):
+            console.print(f"the daemon's last lines:\n{logged}", markup=False)
         return 1
     return 0
 
 
-def act(console: Console, options: Options, places: Places) -> None:
+def set_up(console: Console, options: Options, places: Places) -> tuple[Stage, tuple[Model, ...]]:
+    """Models, origin and daemon."""
     env = environment(options, places)
     console.print("[bold]How long until a new replica of a model server is ready?[/bold]")
     rate = f"{options.rate_mbit:,.0f} Mbit/s (--rate-mbit)"
@@ -115,6 +122,11 @@ def act(console: Console, options: Options, places: Places) -> None:
     stage = Stage(console, options, places, env, origin_url, daemon)
     say(stage, f"daemon: cached serve --with-preloader, ready in {time.monotonic() - began:.1f} s")
     warm_imports(stage)
+    return stage, models
+
+
+def play(stage: Stage, models: tuple[Model, ...]) -> None:
+    """Three starts of each model's server, and what came of them."""
     measured: list[Measured] = []
     costs: list[str] = []
     for model in models:
@@ -274,9 +286,8 @@ def read_once(stage: Stage, model: Model) -> None:
 
 
 def print_table(stage: Stage, measured: list[Measured], costs: list[str]) -> None:
-    table = Table(
-        title="\nSeconds since the server's process began", title_justify="left", title_style="bold"
-    )
+    title = "\nSeconds since the server's process began; importing torch and transformers is in all"
+    table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("model")
     table.add_column("its weights by")
     for heading in ("imports", "weights", "ready", "from the origin"):

@@ -31,7 +31,7 @@ def ls(
         _print_json([records.listed(m) for m in models])
     elif models:
         console = tables.console()
-        console.print(tables.models(models, folded=console.is_terminal))
+        console.print(tables.models(models, folded=tables.on_terminal(console)))
     else:
         tables.say(tables.console(stderr=True), "no models here yet; `cachectl prefetch REF` brings one")
 

@@ -37,7 +37,7 @@ class Shown(Protocol):
 def shown(console: Console | None = None, doing: str = "") -> Iterator[Shown]:
     """Shows how far something is until the block ends; ``doing`` stands for the phase where it is given."""
     console = console or tables.console(stderr=True)
-    if console.is_interactive:
+    if tables.on_terminal(console) and console.is_interactive:
         with Bar(console, doing) as bar:
             yield bar
     else:

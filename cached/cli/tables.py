@@ -37,9 +37,14 @@ _STYLES = {
 def console(stderr: bool = False) -> Console:
     """Prints text as it is: no markup, no emoji, no guessed colours; refs may hold any of their signs."""
     made = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
-    if not made.is_terminal:
+    if not on_terminal(made):
         made.width = PIPE_COLUMNS
     return made
+
+
+def on_terminal(console: Console) -> bool:
+    """Whether somebody looks on; colours that are forced into a pipe do not make it a terminal."""
+    return console.file.isatty()
 
 
 def say(console: Console, line: str | Text) -> None:

@@ -25,8 +25,8 @@ __all__ = ["CachedError", "File", "Model", "Progress", "acquire"]
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 1.0
-_TRY_AGAIN = (UNREACHABLE, "HANDOFF_NOT_READY", "UNKNOWN_TOKEN")
-"""What a daemon that restarts, before or after its grant, looks like from here."""
+_TRY_AGAIN = (UNREACHABLE, "HANDOFF_NOT_READY", "BAD_TOKEN", "STANDBY_GONE")
+"""What a daemon or a standby that restarts, before or after the grant, looks like from here."""
 
 
 def acquire(

@@ -72,8 +72,8 @@ def patiently(call: Callable[[], T], attempts: int, pause: Callable[[float], Non
 
 
 def _worth_another(problem: Problem) -> bool:
-    # A file that was changed has to be listed anew; a full disk is not the origin's affair.
-    return problem.temporary and problem.kind is ErrorKind.UNAVAILABLE and problem.reason != "ORIGIN_CHANGED"
+    # A full disk, say, is temporary too, but not the origin's affair.
+    return problem.temporary and problem.kind is ErrorKind.UNAVAILABLE
 
 
 def _given_up(problem: Problem, attempts: int) -> CachedError:

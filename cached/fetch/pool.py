@@ -45,6 +45,7 @@ RESOLVE_WORKERS = 2
 VERIFY_WORKERS = 1
 IDLE_S = 60.0
 KILL_WAIT_S = 10.0
+LAST_WORDS_S = 1.0
 RETRY_DIED_S = 1.0
 STDERR_PIECES = 8
 STDERR_PIECE_BYTES = 1024
@@ -152,19 +153,25 @@ class FetchPool:
                 lane.busy -= 1
 
     async def _start(self) -> _Worker:
-        process = await asyncio.create_subprocess_exec(
-            self._python,
-            "-P",  # no code from whatever directory the daemon was started in
-            "-m",
-            "cached.fetch.worker",
-            str(os.getpid()),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            limit=MAX_LINE_BYTES,
-            # Out of the terminal's group: Ctrl-C is the daemon's to hear, and it ends its workers itself.
-            start_new_session=True,
-        )
+        # -P: no code from whatever directory the daemon was started in.
+        command = (self._python, "-P", "-m", "cached.fetch.worker", str(os.getpid()))
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                limit=MAX_LINE_BYTES,
+                # Out of the terminal's group: Ctrl-C is the daemon's to hear, and it ends its workers itself.
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise temporary(
+                "WORKER_NOT_STARTED",
+                f"no fetch worker could be started with {self._python}: {error.strerror}",
+                "see whether processes, memory or descriptors ran out on this node",
+                RETRY_DIED_S,
+            ) from error
         worker = _Worker(process)
         self._workers.add(worker)
         worker.ended.add_done_callback(lambda _: self._workers.discard(worker))
@@ -210,6 +217,8 @@ class _Worker:
         self._stdin, self._stdout, self._stderr = process.stdin, process.stdout, process.stderr
         self._complaints: deque[bytes] = deque(maxlen=STDERR_PIECES)
         self._retirement: asyncio.TimerHandle | None = None
+        # Killing by number looks for the process's end first, and so takes its status from the event loop.
+        self._pidfd = _pidfd_of(process.pid)
         self.ended = asyncio.create_task(self._attend())
 
     @property
@@ -225,6 +234,8 @@ class _Worker:
         while piece := await self._stderr.read(STDERR_PIECE_BYTES):
             self._complaints.append(piece)
         await self._process.wait()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
 
     async def ask(self, request: Request, doing: str, on_reply: Callable[[Reply], Awaitable[None]]) -> Reply:
         """The closing reply to ``request``. Raises CachedError, as ``WORKER_DIED`` (temporary)."""
@@ -242,6 +253,8 @@ class _Worker:
         raise await self._died(doing)
 
     async def _died(self, doing: str) -> CachedError:
+        # It is at its end already; its own status says more than that of a kill.
+        await asyncio.wait([self.ended], timeout=LAST_WORDS_S)
         await self.kill()
         code = self._process.returncode
         how = f"was killed by {_signal_name(-code)}" if code and code < 0 else f"exited with status {code}"
@@ -255,8 +268,9 @@ class _Worker:
 
     async def kill(self) -> None:
         """End the process now; afterwards its locks are free."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        if self._pidfd is not None and not self.ended.done():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         # A process that hangs in the kernel (a dead share) cannot be waited for without end.
         await asyncio.wait([self.ended], timeout=KILL_WAIT_S)
 
@@ -270,6 +284,14 @@ class _Worker:
     def cancel_retirement(self) -> None:
         if self._retirement is not None:
             self._retirement.cancel()
+
+
+def _pidfd_of(pid: int) -> int | None:
+    """A handle on the process that no later process with the same number can be mistaken for."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None  # it ended at once
 
 
 async def _ignore(reply: Reply) -> None:

@@ -282,11 +282,10 @@ def _idle(state: State, key: RevisionKey) -> None:
 
 
 def _discarded(state: State, key: RevisionKey) -> None:
-    transfer = state.transfers[key]
+    transfer = state.drop_transfer(key)
+    state.disk.ledger.remove(transfer_items(transfer))
     if key in state.unfetched:
-        state.put_transfer(replace(transfer, step=t.Step.IDLE, reserved=False))
-    else:
-        state.drop_transfer(key)
+        state.put_transfer(t.Transfer(transfer.revision, t.Step.IDLE))
 
 
 # --- taking down ----------------------------------------------------------------------------
@@ -299,7 +298,8 @@ def _take_down(state: State, artifact_id: ArtifactId, step: t.DiskStep) -> list[
 
 
 def _evicted(state: State, artifact_id: ArtifactId) -> None:
-    state.artifacts.pop(artifact_id, None)
+    # Counted until here: its room is there only once it is gone.
+    state.disk.ledger.remove(state.artifacts.pop(artifact_id).artifact.blobs)
     _retry_loads(state, artifact_id)
 
 
@@ -328,9 +328,9 @@ def _quarantined(state: State, artifacts: tuple[ArtifactId, ...], leftovers: tup
 
 
 def _add_leftover(state: State, revision: Revision) -> None:
-    """Count what lies on disk of it, unless its transfer counts it already (or it is being discarded)."""
+    """Count what lies on disk of it, unless its transfer counts it already."""
     transfer = state.transfers.get(revision.key, t.Transfer(revision, t.Step.IDLE))
-    if not transfer.reserved and transfer.step is not t.Step.STOPPING:
+    if not transfer.reserved:
         transfer = replace(transfer, revision=revision, reserved=True)
         state.put_transfer(transfer)
         state.disk.ledger.add(transfer_items(transfer))
@@ -443,11 +443,8 @@ def _started(state: State, action: t.Action, now: float) -> None:
         case t.StopFetch(key):
             state.put_transfer(replace(state.transfers[key], step=t.Step.STOPPING))
         case t.Discard(key):
-            transfer = state.transfers[key]
-            state.disk.ledger.remove(transfer_items(transfer))
-            state.put_transfer(replace(transfer, step=t.Step.STOPPING, reserved=False))
+            state.put_transfer(replace(state.transfers[key], step=t.Step.DISCARDING))
         case t.Evict(artifact):
-            state.disk.ledger.remove(state.artifacts[artifact].artifact.blobs)
             _take_down(state, artifact, t.DiskStep.EVICTING)
         case t.Quarantine(_, digest):
             _withdraw(state, action)

@@ -53,6 +53,7 @@ class _Draft:
         self.disk = state.disk.ledger.draft()
         self.tainted: set[ArtifactId] = set()
         self.making_room = False
+        self.starting: set[RevisionKey] = set()
         self.moving: set[Device] = set()
 
     def decide(self) -> list[t.Action]:
@@ -165,7 +166,7 @@ class _Draft:
         """Stop the newest background transfer for one that somebody waits for; it resumes later."""
         transfers = [self.state.transfers[key] for key in self.state.running]
         stopping = any(isinstance(a, t.StopFetch) for a in self.actions)
-        if stopping or any(r.step is t.Step.STOPPING for r in transfers):
+        if stopping or any(r.step is not t.Step.RUNNING for r in transfers):
             return
         background = [r for r in transfers if not self.state.unfetched.urgent(r.revision.key)]
         if background:
@@ -180,6 +181,7 @@ class _Draft:
         if self.disk.used_bytes + need_bytes <= capacity_bytes:
             if not transfer.reserved:
                 self.disk.add(items)
+            self.starting.add(key)
             background = not self.state.unfetched.urgent(key)
             self.actions.append(t.Fetch(transfer.revision, background))
             return 1
@@ -205,7 +207,8 @@ class _Draft:
             if self.state.is_verified(artifact_id) and self._claimed(artifact_id):
                 ledger.add(self.state.artifacts[artifact_id].artifact.blobs)
         for key, transfer in self.state.transfers.items():
-            if transfer.reserved and transfer is not but and self._wanted(key):
+            kept = transfer.reserved and transfer.step is not t.Step.DISCARDING
+            if (kept or key in self.starting) and transfer is not but and self._wanted(key):
                 ledger.add(transfer_items(transfer))
         return ledger
 
@@ -219,8 +222,8 @@ class _Draft:
         return Problem(
             ErrorKind.NO_ROOM,
             "DISK_CAPACITY",
-            f"{transfer.revision.ref} needs {_gb(need_bytes)} on disk; "
-            f"the capacity is {_gb(capacity_bytes)}, of which {_gb(claimed.used_bytes)} are claimed by others",
+            f"{transfer.revision.ref} needs {_gb(need_bytes)} on disk; the capacity is "
+            f"{_gb(capacity_bytes)}, of which {_gb(claimed.used_bytes)} are claimed by others",
             "raise [store] capacity_bytes or take a smaller model"
             if never
             else "unpin or stop something ('cachectl ls' shows the claims), or raise [store] capacity_bytes",
@@ -259,7 +262,6 @@ class _Draft:
         if not busy:
             blobs = self.state.artifacts[artifact_id].artifact.blobs
             drop = tuple(Digest(k) for k in self.disk.only_in(blobs))
-            self.disk.remove(blobs)
             self.actions.append(t.Evict(artifact_id, drop, why))
 
     # --- devices ----------------------------------------------------------------------------
@@ -338,6 +340,9 @@ class _Draft:
             claimed = self._claimed_there(spot) or residency.step is t.ResidentStep.LOADING
             if spot[0] == device and spot[1] != but and claimed:
                 ledger.add(residency.items)
+        for action in self.actions:
+            if isinstance(action, t.Load) and action.device == device:
+                ledger.add(self.state.artifacts[action.artifact].artifact.blobs)
         return ledger
 
     def _claimed_there(self, spot: Spot) -> bool:
@@ -379,7 +384,7 @@ class _Draft:
         """One eviction at a time: whether something is being taken down, or leaves a device for that."""
         state = self.state
         evicting = any(p.step is not t.DiskStep.VERIFIED for p in state.artifacts.values())
-        discarding = any(not r.reserved and r.step is t.Step.STOPPING for r in state.transfers.values())
+        discarding = any(r.step is t.Step.DISCARDING for r in state.transfers.values())
         releasing = any(r.step is t.ResidentStep.RELEASING for r in state.residencies.values())
         planned = any(isinstance(a, t.Quarantine | t.Discard | t.Evict | t.Release) for a in self.actions)
         return evicting or discarding or releasing or planned

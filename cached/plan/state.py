@@ -200,7 +200,7 @@ class State:
         """Replace a transfer's record; keeps the indexes of running and idle ones."""
         key = transfer.revision.key
         self.transfers[key] = transfer
-        active = transfer.step in (Step.RUNNING, Step.STOPPING)
+        active = transfer.step in (Step.RUNNING, Step.STOPPING, Step.DISCARDING)
         (self.running if active else self.idle_transfers)[key] = None
         (self.idle_transfers if active else self.running).pop(key, None)
 

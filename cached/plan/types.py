@@ -34,6 +34,7 @@ class Step(enum.Enum):
     IDLE = "idle"
     RUNNING = "running"
     STOPPING = "stopping"
+    DISCARDING = "discarding"
     FAILED = "failed"
     REFUSED = "refused"
 
@@ -50,7 +51,7 @@ class Resolution:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A revision on its way to disk, or its leftovers there; ``reserved`` once its bytes are counted."""
+    """A revision on its way to disk, or its leftovers there; ``reserved`` while its bytes are counted."""
 
     revision: Revision
     step: Step

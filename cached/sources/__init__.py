@@ -27,7 +27,8 @@ class Reader(Protocol):
         Each step fills ``view`` from its beginning and says with how many bytes; the next step
         overwrites them. The pieces follow one another and end exactly at ``stop``. Leaving early is
         fine. Raises RangesIgnoredError (never for the whole file), and CachedError: temporary where the
-        connection broke, ``ORIGIN_CHANGED`` where the file is not the one that was listed.
+        connection broke; permanent, as ``ORIGIN_CHANGED``, where the file is not the one that was listed:
+        only another revision can be had then.
         """
 
     def close(self) -> None: ...

@@ -167,11 +167,11 @@ def _version(found: os.stat_result) -> str:
 
 
 def _changed(path: Path, what: str) -> CachedError:
-    return temporary(
+    return permanent(
+        ErrorKind.FAILED,
         "ORIGIN_CHANGED",
         f"{path} was changed after it was listed: {what}",
-        "write a new version into a folder of its own; this one is listed anew",
-        RETRY_S,
+        "ask for it again, and it is listed anew; better, write each version into a folder of its own",
     )
 
 

@@ -204,11 +204,11 @@ class HttpReader:
     def _check_version(self, response: BaseHTTPResponse) -> None:
         found = _version(response)
         if found and self._spec.version and found != self._spec.version:
-            raise temporary(
+            raise permanent(
+                ErrorKind.FAILED,
                 "ORIGIN_CHANGED",
                 f"{self._url} was changed after it was listed: it was {self._spec.version}, and is {found}",
-                "write a new version into a folder of its own; this one is listed anew",
-                RETRY_S,
+                "ask for it again, and it is listed anew; better, write each version into a folder of its own",
             )
 
     def _check_range(self, response: BaseHTTPResponse, start: int, stop: int) -> None:

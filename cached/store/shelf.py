@@ -183,15 +183,7 @@ class Shelf:
 
     def _finish(self, pending: Path, intent: Intent) -> tuple[Revision, ...]:
         leftovers = self.take_down(intent.artifacts, intent.digest)
-        blob, kept = self.at.blob(intent.digest), pending / "blob"
-        if kept.name in self.fs.list_dir(pending):
-            # Moved before, and a power cut brought the old name back. Renaming one name of a file
-            # over another does nothing, so the old one is unlinked.
-            self.fs.unlink(blob, missing_ok=True)
-        elif blob.name in self.fs.list_dir(blob.parent):
-            self.fs.rename(blob, kept)
-        self.fs.sync_dir(pending)
-        self.fs.sync_dir(blob.parent)
+        self._move_durably(self.at.blob(intent.digest), pending / "blob")
         self.fs.rename(pending, pending.with_name(pending.name.removeprefix(PENDING)))
         self.fs.sync_dir(self.at.quarantine)
         return leftovers
@@ -202,9 +194,17 @@ class Shelf:
         place = pending.with_name(pending.name.removeprefix(PENDING))
         self.fs.make_dir(place, PRIVATE_MODE)
         replace_file(self.fs, place / "reason.json", encode(SetAside(path.name, reason, now)))
-        self.fs.rename(path, place / path.name)
-        for directory in (place, path.parent, self.at.quarantine):
-            self.fs.sync_dir(directory)
+        self.fs.sync_dir(self.at.quarantine)
+        self._move_durably(path, place / path.name)
+
+    def _move_durably(self, source: Path, target: Path) -> None:
+        """Move a file between directories so that no crash leaves it without a name. Can be repeated."""
+        moved = target.name in self.fs.list_dir(target.parent)
+        if not moved and source.name in self.fs.list_dir(source.parent):
+            self.fs.link(source, target)
+        self.fs.sync_dir(target.parent)
+        self.fs.unlink(source, missing_ok=True)
+        self.fs.sync_dir(source.parent)
 
     def _free_name(self, label: str, now: float) -> Path:
         taken = {name.removeprefix(PENDING) for name in self.fs.list_dir(self.at.quarantine)}

@@ -23,6 +23,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cached import CachedError
+from cached.client.rpc import connect, resolve_address
+from cached.v1 import model_cache_pb2 as pb
+from cached.v1.model_cache_pb2_grpc import ModelCacheStub
+
 BIN = Path(sys.executable).parent
 WAIT_S = 30.0
 
@@ -220,6 +225,21 @@ class NodeKit:
     def env(self) -> dict[str, str]:
         return {**os.environ, "CACHED_RUN_DIR": str(self.run_dir), "NO_COLOR": "1", "COLUMNS": "100"}
 
+    def model(self, ref: str) -> pb.Model:
+        """The ref as operators are shown it, at less cost than a command. Raises CachedError."""
+        with connect(resolve_address(self.run_dir, operator=True)) as channel:
+            return ModelCacheStub(channel).Get(pb.GetRequest(ref=ref), timeout=10)
+
+    def leases(self, ref: str) -> list[pb.Claim]:
+        """The ref's leases as operators are shown them; none where the ref is not known."""
+        try:
+            claims = self.model(ref).claims
+        except CachedError as error:
+            if error.reason != "NOT_HERE":
+                raise
+            return []
+        return [claim for claim in claims if claim.kind == "lease"]
+
     def replica(self, code: str, *arguments: str) -> subprocess.Popen[str]:
         """A replica: Python that runs ``code`` (with ``cached`` installed), talking over stdin and stdout."""
         process = subprocess.Popen(
@@ -263,6 +283,22 @@ class NodeKit:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.run_dir, ignore_errors=True)
+
+
+def expect(replica: subprocess.Popen[str], *lines: str) -> None:
+    """The next lines that a replica says are these."""
+    for line in lines:
+        got = said(replica)
+        assert got == line, f"{got!r} came where {line!r} was expected"
+
+
+def said(replica: subprocess.Popen[str]) -> str:
+    """The next line that a replica says; one that ends instead fails the test with what it died of."""
+    assert replica.stdout is not None and replica.stderr is not None
+    line = replica.stdout.readline()
+    if not line:
+        raise AssertionError(f"the replica ended:\n{replica.stderr.read()}")
+    return line.strip()
 
 
 HOLD = """
