@@ -80,9 +80,10 @@ class ModelCache(pb_grpc.ModelCacheServicer):
             match step:
                 case Progress():
                     yield pb.AcquireEvent(progress=_progress(step))
-                case Granted(token, lease, view):
+                case Granted(token, lease, view, blobs):
                     model = _model(view, self._shows_holders)
-                    yield pb.AcquireEvent(grant=pb.Grant(token=token, lease_id=lease or "", model=model))
+                    grant = pb.Grant(token=token, lease_id=lease or "", model=model, blobs=blobs)
+                    yield pb.AcquireEvent(grant=grant)
 
     async def _acquire(self, request: pb.AcquireRequest) -> AsyncGenerator[Progress | Granted]:
         timed = request.lease == pb.LEASE_MODE_TTL

@@ -54,6 +54,7 @@ MAX_HANDOFFS = 8
 PROGRESS_EVERY_S = 0.25
 WATCH_LOOK_EVERY_S = 1.0
 HANDOFF_TIMEOUT_S = 10.0
+ACCEPT_AGAIN_S = 0.5
 PREDECESSOR_TIMEOUT_S = 10.0
 MAX_VOUCHED_BYTES = 16 * 1024 * 1024
 
@@ -161,7 +162,13 @@ class DescriptorServer:
     def _accept(self, listener: socket.socket) -> None:
         while True:
             self._slots.acquire()  # callers beyond the bound wait in the socket's queue
-            connection, _ = listener.accept()
+            try:
+                connection, _ = listener.accept()
+            except OSError as error:  # too many open files, most likely; handoffs under way will end
+                log.error("a handoff was not taken", extra=logs.fields(error=str(error)))
+                self._slots.release()
+                time.sleep(ACCEPT_AGAIN_S)
+                continue
             self._pool.submit(self._answer, connection)
 
     def _answer(self, connection: socket.socket) -> None:
@@ -171,6 +178,9 @@ class DescriptorServer:
                 self._exchange(connection)
         except (OSError, fds.FramingError) as error:
             log.warning("a handoff broke off", extra=logs.fields(error=str(error)))
+        except Exception:
+            log.exception("a handoff failed")
+            raise
         finally:
             self._slots.release()
 
@@ -284,9 +294,8 @@ def main() -> None:
     said = logs.fields(device=options.device, pid=os.getpid(), cannot_lock=memory.cannot_lock_reason)
     log.info("standby serves", extra=said)
     _await_parents_end()
-    # Nothing here needs an orderly end, and threads may be in the middle of anything.
-    del server
-    os._exit(0)
+    server.stop(None)
+    os._exit(0)  # nothing here needs an orderly end, and threads may be in the middle of anything
 
 
 def _arguments() -> argparse.Namespace:

@@ -13,13 +13,13 @@ around it (``open_by_handle_at``), as can one with CAP_SYS_ADMIN: those are the 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from cached.model import ErrorKind, permanent, temporary
+from cached.model import CachedError, ErrorKind, permanent, temporary
 
 # The same numbers on every architecture, as for all system calls since 2019; the C library has no wrappers
 # in the versions that are about.
@@ -33,7 +33,7 @@ _MOUNT_ATTR_RDONLY = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_view(data_dir: Path) -> Iterator[int]:
     """A descriptor of ``data_dir`` to open files relative to: through a read-only mount where possible.
 
@@ -58,8 +58,10 @@ def is_read_only(fd: int) -> bool:
 
 def can_protect(data_dir: Path) -> bool:
     """Whether blobs of ``data_dir`` would be opened through a read-only mount."""
-    with open_view(data_dir if data_dir.is_dir() else Path("/")) as view:
-        return is_read_only(view)
+    for path in (data_dir, Path("/")):  # the store may not be there yet
+        with contextlib.suppress(CachedError), open_view(path) as view:
+            return is_read_only(view)
+    return False
 
 
 def _open_plain(data_dir: Path) -> int:

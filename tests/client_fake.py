@@ -139,9 +139,9 @@ class FakeDaemon(ModelCacheServicer):
             revision=self.manifest.revision,
             attested=True,
             path=str(self.tree),
-            files=[pb.File(path=f.path, sha256=f.blob.sha256) for f in self.manifest.files],
         )
-        return pb.Grant(token=token, lease_id=lease_id, model=model)
+        blobs = 0 if request.device == "disk" else len(self.manifest.distinct_blobs())
+        return pb.Grant(token=token, lease_id=lease_id, model=model, blobs=blobs)
 
     async def _redeem(self, token: str, uid: int) -> Package:
         if self.forgets_tokens or token not in self._tokens:

@@ -1,4 +1,4 @@
-"""The loader over real host memory: nothing unproven is announced, nothing wrong stays, sharing is counted."""
+"""The loader over real host memory: nothing unproven is told, nothing wrong stays, sharing is counted."""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from rich.console import Console
+
 from benchmarks.demo.processes import DemoError, supervise
 from benchmarks.demo.show import ROOT, Options, perform
 
@@ -43,6 +45,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if code > 128:
+        Console().show_cursor()  # a progress bar may have hidden it
         print("stopped: no process and no directory is left")
     return code
 

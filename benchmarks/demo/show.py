@@ -134,7 +134,7 @@ def play(stage: Stage, models: tuple[Model, ...]) -> None:
     print_table(stage, measured, costs)
     for model in models:
         say(stage, compare([m for m in measured if m.model == model]))
-    console.print("\n[bold]The node, with the replicas of the last starts still serving[/bold]")
+    stage.console.print("\n[bold]The node, with the replicas of the last starts still serving[/bold]")
     for command in (["ls"], ["status"]):
         cachectl(stage, command, START_S)
 

@@ -25,8 +25,9 @@ __all__ = ["CachedError", "File", "Model", "Progress", "acquire"]
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 1.0
-_TRY_AGAIN = (UNREACHABLE, "HANDOFF_NOT_READY", "BAD_TOKEN", "STANDBY_GONE")
-"""What a daemon or a standby that restarts, before or after the grant, looks like from here."""
+_TRY_AGAIN = (UNREACHABLE, "HANDOFF_NOT_READY", "BAD_TOKEN", "STANDBY_GONE", "WITHDRAWN")
+"""What a daemon or a standby that restarts, before or after the grant, looks like from here; or content that
+was found corrupt at this moment, and is fetched anew."""
 
 
 def acquire(
@@ -67,8 +68,7 @@ def acquire(
 
 def _take(grant: Grant, device: str, socket_path: Path, timeout_s: float) -> Model:
     """Exchange a grant for the model."""
-    if device != DISK:
-        handoff.check_room(grant.blobs)
+    handoff.check_room(grant.blobs)
     taken = handoff.redeem(socket_path, grant.token, max(timeout_s, FIRST_PAUSE_S))
     model = Model(
         taken,

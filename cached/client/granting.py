@@ -26,7 +26,8 @@ MAX_NAME_CHARS = 253
 class Grant:
     """What waiting has earned: a token for the handoff, and what it is for.
 
-    ``blobs`` is the number of distinct contents; ``path`` is the directory as the daemon sees it.
+    ``blobs`` is the number of descriptors that memory comes in; ``path`` is the directory as the daemon
+    sees it.
     """
 
     token: str
@@ -86,7 +87,7 @@ def _granted(grant: pb.Grant, ref: str) -> Grant:
         revision=model.revision,
         attested=model.attested,
         path=model.path,
-        blobs=len({file.sha256 for file in model.files}),
+        blobs=grant.blobs,
     )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from cached.config import TransferSettings
 from cached.durable import FsyncFailed, Partial, world_error
-from cached.fetch.kernel import stand_back
+from cached.fetch.kernel import Writeback, stand_back
 from cached.fetch.pace import RateLimit, patiently
 from cached.fetch.part import (
     Filling,
@@ -282,7 +282,9 @@ class Transfer:
 
     def _own(self, index: int, view: memoryview) -> None:
         spec = self._files[index]
-        partial = Partial.open(*part_paths(self._ingest_dir, index), spec.size_bytes)
+        paths = part_paths(self._ingest_dir, index)
+        partial = Partial.open(*paths, spec.size_bytes)
+        writeback = Writeback(paths[0])
         reader = self._source.open(self._job.revision.ref, spec)
         part = Part.resume(index, spec, partial)
         with self._changed:
@@ -291,7 +293,7 @@ class Transfer:
             self._open.sort(key=lambda opened: opened[0].index)
             self._changed.notify_all()
         try:
-            blob = self._prove(part, view)
+            blob = self._prove(part, writeback, view)
             self._tensors[index] = read_tensors(partial.read_into, spec.size_bytes, spec.path, index)
             partial.record(f"done {blob.sha256}")
             partial.seal()
@@ -303,18 +305,19 @@ class Transfer:
             self._open.remove((part, reader))
         if self._job.background:
             partial.forget_cache()
-        reader.close()
-        partial.close()
+        for resource in (reader, writeback, partial):
+            resource.close()
         self._blobs[index] = blob
         self._sealed(index, blob)
 
-    def _prove(self, part: Part, view: memoryview) -> Blob:
+    def _prove(self, part: Part, writeback: Writeback, view: memoryview) -> Blob:
         proof = Proof(part, view)
         refetched: Counter[int] = Counter()
         chunk = 0
         while chunk < len(part.recorded):
             self._wait_for(part, chunk)
             if proof.take(chunk):
+                writeback.begin(*part.bounds(chunk))
                 chunk += 1
                 continue
             # A journal may claim what a power cut undid; bytes fetched just now must read back the same.

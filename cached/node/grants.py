@@ -43,11 +43,16 @@ log = structlog.get_logger("cached.node")
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """An acquire's end. ``token`` is empty unless a descriptor is to be fetched with it."""
+    """An acquire's end. ``token`` is empty unless a descriptor is to be fetched with it.
+
+    ``blobs`` is the number of descriptors that the handoff sends of the memory, so that a client can look
+    whether it may have so many open before it spends the token.
+    """
 
     token: str
     lease: ClaimId | None
     model: ModelView
+    blobs: int = 0
 
 
 class Grants:
@@ -83,7 +88,7 @@ class Grants:
         Raises CachedError where the claim's artifact was withdrawn in between.
         """
         claim = self._core.state.claims.get(claim_id)
-        if claim is None or claim.artifact is None:
+        if claim is None or claim.artifact is None or not self._core.state.is_verified(claim.artifact):
             raise _withdrawn(model.ref)
         path = str(self._store.tree_path(claim.artifact))
         model = replace(model, artifact=claim.artifact, revision=claim.revision, path=path)
@@ -92,9 +97,13 @@ class Grants:
         if ttl_s is None:
             token = secrets.token_urlsafe(32)
             self._tokens[token] = (claim_id, time.monotonic() + TOKEN_LIFE_S)
-            return Granted(token, claim_id, model)
+            return Granted(token, claim_id, model, self._blobs(claim.device, claim.artifact))
         await self._prolong(claim, ttl_s)
         return Granted("", claim_id, model)
+
+    def _blobs(self, device: Device, artifact: ArtifactId) -> int:
+        proven = self._core.state.artifacts.get(artifact)
+        return 0 if device == DISK or proven is None else len(proven.artifact.blobs)
 
     async def _prolong(self, claim: Claim, ttl_s: int) -> float:
         """No promise before it is durable."""

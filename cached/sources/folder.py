@@ -171,7 +171,7 @@ def _changed(path: Path, what: str) -> CachedError:
         ErrorKind.FAILED,
         "ORIGIN_CHANGED",
         f"{path} was changed after it was listed: {what}",
-        "ask for it again, and it is listed anew; better, write each version into a folder of its own",
+        "ask again, and it is listed anew; better, write each version into a folder of its own",
     )
 
 

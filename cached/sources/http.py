@@ -208,7 +208,7 @@ class HttpReader:
                 ErrorKind.FAILED,
                 "ORIGIN_CHANGED",
                 f"{self._url} was changed after it was listed: it was {self._spec.version}, and is {found}",
-                "ask for it again, and it is listed anew; better, write each version into a folder of its own",
+                "ask again, and it is listed anew; better, write each version into a folder of its own",
             )
 
     def _check_range(self, response: BaseHTTPResponse, start: int, stop: int) -> None:

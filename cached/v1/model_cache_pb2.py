@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63\x61\x63hed/v1/model_cache.proto\x12\tcached.v1\"N\n\x06Holder\x12\x0b\n\x03pid\x18\x01 \x01(\x03\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x03 \x01(\t\x12\x0b\n\x03pod\x18\x04 \x01(\t\x12\x0b\n\x03uid\x18\x05 \x01(\x03\"\x93\x01\n\x0e\x41\x63quireRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05\x66resh\x18\x03 \x01(\x08\x12#\n\x05lease\x18\x04 \x01(\x0e\x32\x14.cached.v1.LeaseMode\x12\r\n\x05ttl_s\x18\x05 \x01(\r\x12!\n\x06holder\x18\x06 \x01(\x0b\x32\x11.cached.v1.Holder\"c\n\x0c\x41\x63quireEvent\x12\'\n\x08progress\x18\x01 \x01(\x0b\x32\x13.cached.v1.ProgressH\x00\x12!\n\x05grant\x18\x02 \x01(\x0b\x32\x10.cached.v1.GrantH\x00\x42\x07\n\x05\x65vent\"\x8e\x01\n\x08Progress\x12\x1f\n\x05phase\x18\x01 \x01(\x0e\x32\x10.cached.v1.Phase\x12\x12\n\nbytes_done\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\x12\x18\n\x10rate_bytes_per_s\x18\x04 \x01(\x01\x12\r\n\x05\x65ta_s\x18\x05 \x01(\x01\x12\x0f\n\x07message\x18\x06 \x01(\t\"I\n\x05Grant\x12\r\n\x05token\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\x1f\n\x05model\x18\x03 \x01(\x0b\x32\x10.cached.v1.Model\"/\n\x0cRenewRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05ttl_s\x18\x02 \x01(\r\"#\n\rRenewResponse\x12\x12\n\nexpires_at\x18\x01 \x01(\x01\"\"\n\x0eReleaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"\x11\n\x0fReleaseResponse\"\x19\n\nGetRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"\r\n\x0bListRequest\"0\n\x0cListResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.cached.v1.Model\"\x1b\n\x0cWatchRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"\xc9\x02\n\x05Model\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x10\n\x08\x61ttested\x18\x05 \x01(\x08\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x12\x0f\n\x07\x64\x65vices\x18\x07 \x03(\t\x12 \n\x06\x63laims\x18\x08 \x03(\x0b\x32\x10.cached.v1.Claim\x12\x0c\n\x04path\x18\t \x01(\t\x12\x0e\n\x06reason\x18\n \x01(\t\x12\x0c\n\x04hint\x18\x0b \x01(\t\x12%\n\x08progress\x18\x0c \x01(\x0b\x32\x13.cached.v1.Progress\x12)\n\x0bresidencies\x18\r \x03(\x0b\x32\x14.cached.v1.Residency\x12\x1e\n\x05\x66iles\x18\x0e \x03(\x0b\x32\x0f.cached.v1.File\x12\x14\n\x0clast_used_at\x18\x0f \x01(\x01\"3\n\x04\x46ile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"I\n\tResidency\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0e\n\x06locked\x18\x04 \x01(\x08\"y\n\x05\x43laim\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07made_at\x18\x04 \x01(\x01\x12\x12\n\nexpires_at\x18\x05 \x01(\x01\x12!\n\x06holder\x18\x06 \x01(\x0b\x32\x11.cached.v1.Holder*O\n\tLeaseMode\x12\x19\n\x15LEASE_MODE_DESCRIPTOR\x10\x00\x12\x12\n\x0eLEASE_MODE_TTL\x10\x01\x12\x13\n\x0fLEASE_MODE_NONE\x10\x02*\x7f\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPHASE_RESOLVING\x10\x01\x12\x10\n\x0cPHASE_QUEUED\x10\x02\x12\x12\n\x0ePHASE_FETCHING\x10\x03\x12\x11\n\rPHASE_LOADING\x10\x04\x12\x11\n\rPHASE_WAITING\x10\x05\x32\xea\x02\n\nModelCache\x12?\n\x07\x41\x63quire\x12\x19.cached.v1.AcquireRequest\x1a\x17.cached.v1.AcquireEvent0\x01\x12:\n\x05Renew\x12\x17.cached.v1.RenewRequest\x1a\x18.cached.v1.RenewResponse\x12@\n\x07Release\x12\x19.cached.v1.ReleaseRequest\x1a\x1a.cached.v1.ReleaseResponse\x12.\n\x03Get\x12\x15.cached.v1.GetRequest\x1a\x10.cached.v1.Model\x12\x37\n\x04List\x12\x16.cached.v1.ListRequest\x1a\x17.cached.v1.ListResponse\x12\x34\n\x05Watch\x12\x17.cached.v1.WatchRequest\x1a\x10.cached.v1.Model0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63\x61\x63hed/v1/model_cache.proto\x12\tcached.v1\"N\n\x06Holder\x12\x0b\n\x03pid\x18\x01 \x01(\x03\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x03 \x01(\t\x12\x0b\n\x03pod\x18\x04 \x01(\t\x12\x0b\n\x03uid\x18\x05 \x01(\x03\"\x93\x01\n\x0e\x41\x63quireRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05\x66resh\x18\x03 \x01(\x08\x12#\n\x05lease\x18\x04 \x01(\x0e\x32\x14.cached.v1.LeaseMode\x12\r\n\x05ttl_s\x18\x05 \x01(\r\x12!\n\x06holder\x18\x06 \x01(\x0b\x32\x11.cached.v1.Holder\"c\n\x0c\x41\x63quireEvent\x12\'\n\x08progress\x18\x01 \x01(\x0b\x32\x13.cached.v1.ProgressH\x00\x12!\n\x05grant\x18\x02 \x01(\x0b\x32\x10.cached.v1.GrantH\x00\x42\x07\n\x05\x65vent\"\x8e\x01\n\x08Progress\x12\x1f\n\x05phase\x18\x01 \x01(\x0e\x32\x10.cached.v1.Phase\x12\x12\n\nbytes_done\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\x12\x18\n\x10rate_bytes_per_s\x18\x04 \x01(\x01\x12\r\n\x05\x65ta_s\x18\x05 \x01(\x01\x12\x0f\n\x07message\x18\x06 \x01(\t\"X\n\x05Grant\x12\r\n\x05token\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\x1f\n\x05model\x18\x03 \x01(\x0b\x32\x10.cached.v1.Model\x12\r\n\x05\x62lobs\x18\x04 \x01(\r\"/\n\x0cRenewRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05ttl_s\x18\x02 \x01(\r\"#\n\rRenewResponse\x12\x12\n\nexpires_at\x18\x01 \x01(\x01\"\"\n\x0eReleaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"\x11\n\x0fReleaseResponse\"\x19\n\nGetRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"\r\n\x0bListRequest\"0\n\x0cListResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.cached.v1.Model\"\x1b\n\x0cWatchRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"\xc9\x02\n\x05Model\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x10\n\x08\x61ttested\x18\x05 \x01(\x08\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x12\x0f\n\x07\x64\x65vices\x18\x07 \x03(\t\x12 \n\x06\x63laims\x18\x08 \x03(\x0b\x32\x10.cached.v1.Claim\x12\x0c\n\x04path\x18\t \x01(\t\x12\x0e\n\x06reason\x18\n \x01(\t\x12\x0c\n\x04hint\x18\x0b \x01(\t\x12%\n\x08progress\x18\x0c \x01(\x0b\x32\x13.cached.v1.Progress\x12)\n\x0bresidencies\x18\r \x03(\x0b\x32\x14.cached.v1.Residency\x12\x1e\n\x05\x66iles\x18\x0e \x03(\x0b\x32\x0f.cached.v1.File\x12\x14\n\x0clast_used_at\x18\x0f \x01(\x01\"3\n\x04\x46ile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"I\n\tResidency\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0e\n\x06locked\x18\x04 \x01(\x08\"y\n\x05\x43laim\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07made_at\x18\x04 \x01(\x01\x12\x12\n\nexpires_at\x18\x05 \x01(\x01\x12!\n\x06holder\x18\x06 \x01(\x0b\x32\x11.cached.v1.Holder*O\n\tLeaseMode\x12\x19\n\x15LEASE_MODE_DESCRIPTOR\x10\x00\x12\x12\n\x0eLEASE_MODE_TTL\x10\x01\x12\x13\n\x0fLEASE_MODE_NONE\x10\x02*\x7f\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPHASE_RESOLVING\x10\x01\x12\x10\n\x0cPHASE_QUEUED\x10\x02\x12\x12\n\x0ePHASE_FETCHING\x10\x03\x12\x11\n\rPHASE_LOADING\x10\x04\x12\x11\n\rPHASE_WAITING\x10\x05\x32\xea\x02\n\nModelCache\x12?\n\x07\x41\x63quire\x12\x19.cached.v1.AcquireRequest\x1a\x17.cached.v1.AcquireEvent0\x01\x12:\n\x05Renew\x12\x17.cached.v1.RenewRequest\x1a\x18.cached.v1.RenewResponse\x12@\n\x07Release\x12\x19.cached.v1.ReleaseRequest\x1a\x1a.cached.v1.ReleaseResponse\x12.\n\x03Get\x12\x15.cached.v1.GetRequest\x1a\x10.cached.v1.Model\x12\x37\n\x04List\x12\x16.cached.v1.ListRequest\x1a\x17.cached.v1.ListResponse\x12\x34\n\x05Watch\x12\x17.cached.v1.WatchRequest\x1a\x10.cached.v1.Model0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cached.v1.model_cache_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEASEMODE']._serialized_start=1438
-  _globals['_LEASEMODE']._serialized_end=1517
-  _globals['_PHASE']._serialized_start=1519
-  _globals['_PHASE']._serialized_end=1646
+  _globals['_LEASEMODE']._serialized_start=1453
+  _globals['_LEASEMODE']._serialized_end=1532
+  _globals['_PHASE']._serialized_start=1534
+  _globals['_PHASE']._serialized_end=1661
   _globals['_HOLDER']._serialized_start=42
   _globals['_HOLDER']._serialized_end=120
   _globals['_ACQUIREREQUEST']._serialized_start=123
@@ -44,31 +44,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROGRESS']._serialized_start=374
   _globals['_PROGRESS']._serialized_end=516
   _globals['_GRANT']._serialized_start=518
-  _globals['_GRANT']._serialized_end=591
-  _globals['_RENEWREQUEST']._serialized_start=593
-  _globals['_RENEWREQUEST']._serialized_end=640
-  _globals['_RENEWRESPONSE']._serialized_start=642
-  _globals['_RENEWRESPONSE']._serialized_end=677
-  _globals['_RELEASEREQUEST']._serialized_start=679
-  _globals['_RELEASEREQUEST']._serialized_end=713
-  _globals['_RELEASERESPONSE']._serialized_start=715
-  _globals['_RELEASERESPONSE']._serialized_end=732
-  _globals['_GETREQUEST']._serialized_start=734
-  _globals['_GETREQUEST']._serialized_end=759
-  _globals['_LISTREQUEST']._serialized_start=761
-  _globals['_LISTREQUEST']._serialized_end=774
-  _globals['_LISTRESPONSE']._serialized_start=776
-  _globals['_LISTRESPONSE']._serialized_end=824
-  _globals['_WATCHREQUEST']._serialized_start=826
-  _globals['_WATCHREQUEST']._serialized_end=853
-  _globals['_MODEL']._serialized_start=856
-  _globals['_MODEL']._serialized_end=1185
-  _globals['_FILE']._serialized_start=1187
-  _globals['_FILE']._serialized_end=1238
-  _globals['_RESIDENCY']._serialized_start=1240
-  _globals['_RESIDENCY']._serialized_end=1313
-  _globals['_CLAIM']._serialized_start=1315
-  _globals['_CLAIM']._serialized_end=1436
-  _globals['_MODELCACHE']._serialized_start=1649
-  _globals['_MODELCACHE']._serialized_end=2011
+  _globals['_GRANT']._serialized_end=606
+  _globals['_RENEWREQUEST']._serialized_start=608
+  _globals['_RENEWREQUEST']._serialized_end=655
+  _globals['_RENEWRESPONSE']._serialized_start=657
+  _globals['_RENEWRESPONSE']._serialized_end=692
+  _globals['_RELEASEREQUEST']._serialized_start=694
+  _globals['_RELEASEREQUEST']._serialized_end=728
+  _globals['_RELEASERESPONSE']._serialized_start=730
+  _globals['_RELEASERESPONSE']._serialized_end=747
+  _globals['_GETREQUEST']._serialized_start=749
+  _globals['_GETREQUEST']._serialized_end=774
+  _globals['_LISTREQUEST']._serialized_start=776
+  _globals['_LISTREQUEST']._serialized_end=789
+  _globals['_LISTRESPONSE']._serialized_start=791
+  _globals['_LISTRESPONSE']._serialized_end=839
+  _globals['_WATCHREQUEST']._serialized_start=841
+  _globals['_WATCHREQUEST']._serialized_end=868
+  _globals['_MODEL']._serialized_start=871
+  _globals['_MODEL']._serialized_end=1200
+  _globals['_FILE']._serialized_start=1202
+  _globals['_FILE']._serialized_end=1253
+  _globals['_RESIDENCY']._serialized_start=1255
+  _globals['_RESIDENCY']._serialized_end=1328
+  _globals['_CLAIM']._serialized_start=1330
+  _globals['_CLAIM']._serialized_end=1451
+  _globals['_MODELCACHE']._serialized_start=1664
+  _globals['_MODELCACHE']._serialized_end=2026
 # @@protoc_insertion_point(module_scope)

@@ -214,10 +214,13 @@ class Grant(_message.Message):
     TOKEN_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    BLOBS_FIELD_NUMBER: _builtins.int
     token: _builtins.str
     """With LEASE_MODE_DESCRIPTOR: to be presented once on handoff.sock, within 30 s."""
     lease_id: _builtins.str
     """Empty with LEASE_MODE_NONE."""
+    blobs: _builtins.int
+    """How many descriptors of memory the handoff will send; 0 for the disk."""
     @_builtins.property
     def model(self) -> Global___Model: ...
     def __init__(
@@ -226,10 +229,11 @@ class Grant(_message.Message):
         token: _builtins.str = ...,
         lease_id: _builtins.str = ...,
         model: Global___Model | None = ...,
+        blobs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "model", b"model", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "lease_id", b"lease_id", "model", b"model", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,4 +1,4 @@
-"""The lease is the descriptor: it lives while anybody has it, whoever of us restarts, and ends with the last."""
+"""The lease is the descriptor: it lives while anybody has it, through all of our restarts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from kit import NodeKit, eventually, expect, running_node, said, write_model
+from kit import NodeKit, eventually, expect, running_node, said, write_model, write_safetensors, write_sums
 
 from cached.client.rpc import connect, resolve_address
 from cached.v1 import model_cache_pb2 as pb
@@ -43,6 +43,15 @@ os.setresuid(65534, 65534, 65534)
 model = cached.acquire(sys.argv[1], on="host", timeout_s=60)
 print("held", flush=True)
 sys.stdin.read()
+"""
+
+FEW = """
+import resource, sys, cached
+resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))
+try:
+    cached.acquire(sys.argv[1], on="host", timeout_s=60)
+except cached.CachedError as error:
+    print(error.reason, error, flush=True)
 """
 
 READ_LATE = """
@@ -150,6 +159,18 @@ def test_it_lives_on_through_exec(node: NodeKit, ref: str) -> None:
     assert f"pid {replica.pid}" in _refused(node, ref)
     replica.kill()
     _ends(node, ref)
+
+
+def test_too_few_descriptors_are_told_before_the_token_is_spent(node: NodeKit) -> None:
+    folder = node.root / "many"
+    folder.mkdir()
+    for number in range(60):
+        write_safetensors(folder / f"{number}.safetensors", {f"t{number}": 4}, seed=number)
+    write_sums(folder)
+    replica = node.replica(FEW, f"file://{folder}/")
+    words = said(replica)
+    assert words.startswith("TOO_FEW_DESCRIPTORS") and "60 descriptors" in words and "ulimit -n" in words
+    replica.kill()
 
 
 def test_closing_the_model_ends_it_while_the_process_goes_on(node: NodeKit, ref: str) -> None:

@@ -1,0 +1,732 @@
+"""The planner's policies, one by one; what must hold whatever happens is in test_plan_machine."""
+
+from __future__ import annotations
+
+import pytest
+from plan_world import (
+    BYTES_OF,
+    DISK_BYTES,
+    HOST_BYTES,
+    ORIGIN,
+    PERMANENT,
+    START,
+    TEMPORARY,
+    World,
+    artifact_of,
+    digest,
+    make_revision,
+    note_of,
+)
+
+from cached.model import (
+    DISK,
+    HOST,
+    Claim,
+    ClaimId,
+    ClaimKind,
+    Device,
+    ErrorKind,
+    Holder,
+    Inventory,
+    Note,
+    Problem,
+    Ref,
+    Resident,
+    Revision,
+)
+from cached.plan import State, apply, evict_problem, plan
+from cached.plan import types as t
+from cached.plan.apply import LAST_BACKOFF_S, backoff_s
+from cached.plan.decide import MOST_ROUNDS, REFRESH_AFTER_S, ROOM_RETRY_S, STANDBY_WAIT_S
+
+A = make_revision("a", "a")  # 30 bytes
+B = make_revision("b", "b")  # 30 bytes
+C = make_revision("c", "c")  # 10 bytes
+D = make_revision("d", "d")  # 40 bytes
+E = make_revision("e", "e")  # 20 bytes
+F = make_revision("f", "f")  # 120 bytes: more than the disk
+G = make_revision("g", "g")  # 70 bytes: more than memory
+ID = {revision.ref: artifact_of(revision).id for revision in (A, B, C, D, E, F, G)}
+
+
+class Bench:
+    """A state, its clock, and short words for what happens to it."""
+
+    def __init__(self, fetch_slots: int = 2, disk_bytes: int = DISK_BYTES) -> None:
+        self.state = State(fetch_slots=fetch_slots)
+        self.now = START
+        self.made = 0
+        self.happen(t.CapacitySet(DISK, disk_bytes))
+
+    def happen(self, *events: t.Event) -> None:
+        for event in events:
+            apply(self.state, event, self.now)
+
+    def tick(self) -> list[t.Action]:
+        """Plan once and start all of it; there must be nothing left to plan."""
+        actions = plan(self.state, self.now)
+        self.happen(*(t.Started(action) for action in actions))
+        assert plan(self.state, self.now) == []
+        return actions
+
+    def recover(self, *revisions: Revision, claims: tuple[Claim, ...] = (), old_s: float = 0.0) -> None:
+        """Start with these artifacts proven on disk, the first one the coldest."""
+        artifacts = tuple(artifact_of(r, START - 100 + i) for i, r in enumerate(revisions))
+        notes = tuple(note_of(r, START - old_s) for r in revisions)
+        self.happen(t.Recovered(artifacts, notes, claims, ()))
+
+    def claim(
+        self,
+        revision: Revision,
+        kind: ClaimKind = ClaimKind.LEASE,
+        device: Device = DISK,
+        fresh: bool = False,
+        expires_at: float | None = None,
+    ) -> ClaimId:
+        self.made += 1
+        claim = make_claim(f"{kind.value}-{self.made}", revision, kind, device, self.now, fresh, expires_at)
+        self.happen(t.ClaimMade(claim))
+        return claim.id
+
+    def fetching(self, revision: Revision, kind: ClaimKind = ClaimKind.LEASE) -> ClaimId:
+        """Somebody claims it, it resolves, and its transfer is started."""
+        claim_id = self.claim(revision, kind)
+        assert self.tick() == [t.Resolve(revision.ref)]
+        self.happen(t.Resolved(revision))
+        assert self.tick() == [t.Fetch(revision, background=kind is not ClaimKind.LEASE)]
+        return claim_id
+
+    def fetched(self, revision: Revision) -> None:
+        artifact = artifact_of(revision, self.now)
+        self.happen(t.Fetched(revision.key, artifact, note_of(revision, self.now)))
+
+    def standby(self, *residents: Revision, capacity_bytes: int = HOST_BYTES) -> None:
+        held = tuple(Resident(ID[r.ref], r.size_bytes, locked=True) for r in residents)
+        inventory = Inventory(HOST, 7, capacity_bytes, True, "", True, held)
+        self.happen(t.StandbySeen(inventory, capacity_bytes))
+
+    def loaded(self, revision: Revision) -> None:
+        self.happen(t.Loaded(HOST, Resident(ID[revision.ref], revision.size_bytes, locked=True)))
+
+
+def make_claim(
+    name: str,
+    revision: Revision,
+    kind: ClaimKind,
+    device: Device = DISK,
+    at: float = START,
+    fresh: bool = False,
+    expires_at: float | None = None,
+) -> Claim:
+    return Claim(ClaimId(name), kind, revision.ref, device, at, fresh=fresh, expires_at=expires_at)
+
+
+def held_claim(name: str, revision: Revision, device: Device = DISK) -> Claim:
+    """A lease as it is found at a start: bound to what it was answered with."""
+    return Claim(
+        ClaimId(name), ClaimKind.LEASE, revision.ref, device, START - 50,
+        revision=revision.key, artifact=ID[revision.ref], holder=Holder(uid=1000, pid=7, host="web-1"),
+    )  # fmt: skip
+
+
+def only(actions: list[t.Action], kind: type[t.Action]) -> list[t.Action]:
+    return [action for action in actions if isinstance(action, kind)]
+
+
+def the_refusal(actions: list[t.Action]) -> Problem:
+    (refusal,) = [action for action in actions if isinstance(action, t.Refuse)]
+    return refusal.problem
+
+
+# --- the way of one acquire -----------------------------------------------------------------
+
+
+def test_a_cold_acquire_resolves_fetches_loads_and_is_granted() -> None:
+    bench = Bench()
+    bench.standby()
+    lease = bench.claim(A, device=HOST)
+    assert bench.tick() == [t.Resolve(A.ref)]
+    bench.happen(t.Resolved(A))
+    assert bench.tick() == [t.Fetch(A, background=False)]
+    bench.fetched(A)
+    assert bench.tick() == [t.Load(HOST, ID[A.ref])]
+    bench.loaded(A)
+    assert bench.tick() == [t.Grant(lease)]
+
+
+def test_a_warm_acquire_uses_the_note_and_asks_no_origin() -> None:
+    bench = Bench()
+    bench.recover(A)
+    lease = bench.claim(A)
+    assert bench.tick() == [t.Grant(lease)]
+
+
+def test_a_fresh_acquire_asks_the_origin_first() -> None:
+    bench = Bench()
+    bench.recover(A)
+    lease = bench.claim(A, fresh=True)
+    assert bench.tick() == [t.Resolve(A.ref)]
+    bench.happen(t.Resolved(A))
+    assert bench.tick() == [t.Grant(lease)]
+
+
+def test_many_claims_cause_one_resolution_one_fetch_one_load() -> None:
+    bench = Bench()
+    bench.standby()
+    leases = [bench.claim(A, device=HOST) for _ in range(100)]
+    assert bench.tick() == [t.Resolve(A.ref)]
+    bench.happen(t.Resolved(A))
+    assert bench.tick() == [t.Fetch(A, background=False)]
+    bench.fetched(A)
+    assert bench.tick() == [t.Load(HOST, ID[A.ref])]
+    bench.loaded(A)
+    assert bench.tick() == [t.Grant(lease) for lease in leases]
+
+
+def test_an_old_note_is_used_at_once_and_refreshed_behind_once() -> None:
+    bench = Bench()
+    bench.recover(A, old_s=REFRESH_AFTER_S)
+    leases = [bench.claim(A), bench.claim(A)]
+    assert bench.tick() == [t.Grant(leases[0]), t.Refresh(A.ref), t.Grant(leases[1])]
+    later = bench.claim(A)
+    assert bench.tick() == [t.Grant(later)], "the note counts as new while it is refreshed"
+
+
+def test_a_refresh_that_finds_a_newer_revision_changes_nothing_until_it_is_proven() -> None:
+    bench = Bench()
+    newer = make_revision("a", "bc")
+    bench.recover(A)
+    refresh = bench.claim(A, ClaimKind.PREFETCH, fresh=True)
+    bench.tick()
+    bench.happen(t.Resolved(newer))
+    bench.tick()
+    assert bench.tick() == [] and bench.state.notes[A.ref].revision == A.key
+    lease = bench.claim(A)
+    assert bench.tick() == [t.Grant(lease)]
+    bench.fetched(newer)
+    assert bench.tick() == [t.Grant(refresh)]
+    assert bench.state.notes[A.ref].revision == newer.key
+
+
+def test_a_pin_moves_to_the_newer_revision_once_that_is_proven() -> None:
+    bench = Bench()
+    newer = make_revision("a", "bc")
+    pin = make_claim("pin", A, ClaimKind.PIN)
+    bench.recover(A, claims=(pin,))
+    bench.claim(A, ClaimKind.PREFETCH, fresh=True)
+    bench.tick()
+    bench.happen(t.Resolved(newer))
+    bench.tick()
+    assert bench.state.claims[pin.id].artifact == ID[A.ref]
+    bench.fetched(newer)
+    assert bench.state.claims[pin.id].artifact == artifact_of(newer).id
+
+
+# --- order ----------------------------------------------------------------------------------
+
+
+def test_waiters_come_before_prefetches() -> None:
+    bench = Bench(fetch_slots=1)
+    for revision, kind in ((A, ClaimKind.PREFETCH), (B, ClaimKind.LEASE)):
+        bench.claim(revision, kind)
+    bench.tick()
+    bench.happen(t.Resolved(A), t.Resolved(B))
+    assert bench.tick() == [t.Fetch(B, background=False)]
+
+
+def test_a_waiter_preempts_the_newest_background_transfer_which_resumes() -> None:
+    bench = Bench(fetch_slots=2)
+    bench.fetching(A, ClaimKind.PREFETCH)
+    bench.fetching(B, ClaimKind.PIN)
+    bench.claim(C)
+    bench.tick()
+    bench.happen(t.Resolved(C))
+    assert bench.tick() == [t.StopFetch(B.key)]
+    bench.happen(t.FetchStopped(B.key))
+    assert bench.tick() == [t.Fetch(C, background=False)]
+    bench.fetched(C)
+    assert t.Fetch(B, background=True) in bench.tick()
+
+
+def test_a_waiter_does_not_preempt_another() -> None:
+    bench = Bench(fetch_slots=1)
+    bench.fetching(A)
+    bench.claim(B)
+    bench.tick()
+    bench.happen(t.Resolved(B))
+    assert bench.tick() == []
+
+
+def test_a_transfer_that_nobody_claims_any_more_is_stopped_and_its_leftovers_serve_the_next() -> None:
+    bench = Bench()
+    lease = bench.fetching(A)
+    bench.happen(t.ClaimEnded(lease))
+    assert bench.tick() == [t.StopFetch(A.key)]
+    bench.happen(t.FetchStopped(A.key))
+    assert bench.tick() == []
+    assert bench.state.disk.ledger.used_bytes == A.size_bytes, "leftovers count"
+    bench.claim(A)
+    bench.tick()
+    bench.happen(t.Resolved(A))
+    assert bench.tick() == [t.Fetch(A, background=False)]
+
+
+# --- room on disk ---------------------------------------------------------------------------
+
+
+def test_the_coldest_unclaimed_artifact_is_evicted_and_only_then_is_there_room() -> None:
+    bench = Bench()
+    bench.recover(A, B, E)  # 80 of 100 bytes, A the coldest
+    bench.claim(D)
+    bench.tick()
+    bench.happen(t.Resolved(D))
+    (evict,) = bench.tick()
+    assert isinstance(evict, t.Evict) and evict.artifact == ID[A.ref] and evict.drop == (digest("a"),)
+    assert bench.state.disk.ledger.used_bytes == 80, "it counts until it is gone"
+    bench.happen(t.Evicted(ID[A.ref]))
+    assert bench.tick() == [t.Fetch(D, background=False)]
+
+
+def test_use_keeps_an_artifact_warm() -> None:
+    bench = Bench()
+    bench.recover(A, B, E)
+    bench.happen(t.Used(ID[A.ref]))
+    bench.claim(D)
+    bench.tick()
+    bench.happen(t.Resolved(D))
+    (evict,) = bench.tick()
+    assert isinstance(evict, t.Evict) and evict.artifact == ID[B.ref]
+
+
+def test_a_shared_content_is_counted_once_and_not_dropped() -> None:
+    bench = Bench()
+    both = make_revision("both", "ac")
+    bench.recover(A, both)
+    assert bench.state.disk.ledger.used_bytes == 40
+    bench.happen(t.EvictAsked(artifact_of(both).id))
+    (evict,) = bench.tick()
+    assert isinstance(evict, t.Evict) and evict.drop == (digest("c"),)
+
+
+def test_leftovers_go_before_artifacts() -> None:
+    bench = Bench()
+    bench.happen(t.Recovered((artifact_of(A),), (note_of(A),), (), (B,)))
+    bench.claim(make_revision("dc", "dce"))
+    bench.tick()
+    bench.happen(t.Resolved(make_revision("dc", "dce")))
+    assert bench.tick() == [t.Discard(B.key, (digest("b"),))]
+
+
+def test_a_victim_is_released_from_devices_first() -> None:
+    bench = Bench()
+    bench.recover(A, B, E)
+    bench.standby(A)
+    bench.claim(D)
+    bench.tick()
+    bench.happen(t.Resolved(D))
+    (release,) = bench.tick()
+    assert isinstance(release, t.Release) and (release.device, release.artifact) == (HOST, ID[A.ref])
+    bench.happen(t.Released(HOST, ID[A.ref]))
+    (evict,) = bench.tick()
+    assert isinstance(evict, t.Evict) and evict.artifact == ID[A.ref]
+
+
+def test_what_is_larger_than_the_disk_is_refused_for_good_with_the_arithmetic() -> None:
+    bench = Bench()
+    bench.claim(F, ClaimKind.PREFETCH)
+    bench.tick()
+    bench.happen(t.Resolved(F))
+    problem = the_refusal(bench.tick())
+    assert problem.kind is ErrorKind.NO_ROOM and not problem.temporary
+    assert "needs 120 B on disk; the capacity is 100 B, of which 0 B are claimed" in problem.message
+    assert "capacity_bytes" in problem.hint
+
+
+def test_what_claims_leave_no_room_for_is_refused_for_now_and_claims_stay() -> None:
+    bench = Bench()
+    bench.recover(A, D, claims=(held_claim("lease", A), make_claim("pin", D, ClaimKind.PIN)))
+    bench.claim(make_revision("be", "be"))
+    bench.tick()
+    bench.happen(t.Resolved(make_revision("be", "be")))
+    actions = bench.tick()
+    problem = the_refusal(actions)
+    assert problem.retry_after_s == ROOM_RETRY_S
+    assert "needs 50 B on disk; the capacity is 100 B, of which 70 B are claimed" in problem.message
+    assert not only(actions, t.Evict)
+
+
+def test_one_content_in_two_files_needs_its_bytes_once() -> None:
+    bench = Bench(disk_bytes=60)
+    twice = make_revision("dd", "dd")
+    bench.recover(A, claims=(held_claim("lease", A),))
+    bench.claim(twice)
+    bench.tick()
+    bench.happen(t.Resolved(twice))
+    problem = the_refusal(bench.tick())
+    assert problem.temporary and "needs 40 B" in problem.message
+
+
+def test_room_held_by_a_transfer_that_nobody_wants_is_waited_for_not_refused() -> None:
+    bench = Bench()
+    idle = bench.fetching(G)
+    bench.happen(t.ClaimEnded(idle))
+    assert bench.tick() == [t.StopFetch(G.key)]
+    bench.claim(D)
+    bench.tick()
+    bench.happen(t.Resolved(D))
+    assert bench.tick() == []
+    bench.happen(t.FetchStopped(G.key))
+    assert bench.tick() == [t.Discard(G.key, (digest("g"),))]
+    bench.happen(t.Discarded(G.key))
+    assert bench.tick() == [t.Fetch(D, background=False)]
+
+
+# --- failures -------------------------------------------------------------------------------
+
+
+def test_backoff_doubles_up_to_its_bound() -> None:
+    assert [backoff_s(n) for n in (1, 2, 3, 4)] == [1.0, 2.0, 4.0, 8.0]
+    assert backoff_s(1000) == LAST_BACKOFF_S
+
+
+def test_a_lease_is_told_at_once_even_of_what_may_pass() -> None:
+    bench = Bench()
+    lease = bench.fetching(A)
+    bench.happen(t.FetchFailed(A.key, TEMPORARY))
+    assert bench.tick() == [t.Refuse(lease, TEMPORARY)]
+    assert not bench.state.claims
+
+
+def test_a_failed_transfer_is_tried_again_after_its_backoff() -> None:
+    bench = Bench()
+    bench.fetching(A, ClaimKind.PIN)
+    for rounds in (1, 2, 3):
+        bench.happen(t.FetchFailed(A.key, TEMPORARY))
+        bench.now += backoff_s(rounds) - 0.1
+        assert bench.tick() == []
+        bench.now += 0.1
+        assert bench.tick() == [t.Fetch(A, background=True)]
+
+
+def test_the_origin_may_ask_for_more_time_than_the_backoff() -> None:
+    bench = Bench()
+    bench.fetching(A, ClaimKind.PIN)
+    bench.happen(t.FetchFailed(A.key, Problem(ErrorKind.UNAVAILABLE, "BUSY", "busy", "wait", 60.0)))
+    bench.now += 59.0
+    assert bench.tick() == []
+    bench.now += 1.0
+    assert bench.tick() == [t.Fetch(A, background=True)]
+
+
+@pytest.mark.parametrize("kind", [ClaimKind.PREFETCH, ClaimKind.PIN])
+def test_a_prefetch_is_given_up_after_most_rounds_and_a_pin_never(kind: ClaimKind) -> None:
+    bench = Bench()
+    claim = bench.fetching(A, kind)
+    for _ in range(MOST_ROUNDS - 1):
+        bench.happen(t.FetchFailed(A.key, TEMPORARY))
+        bench.now += LAST_BACKOFF_S
+        assert bench.tick() == [t.Fetch(A, background=True)]
+    bench.happen(t.FetchFailed(A.key, TEMPORARY))
+    assert bench.tick() == ([t.Refuse(claim, TEMPORARY)] if kind is ClaimKind.PREFETCH else [])
+    bench.now += LAST_BACKOFF_S
+    assert bench.tick() == ([] if kind is ClaimKind.PREFETCH else [t.Fetch(A, background=True)])
+
+
+def test_a_permanent_failure_ends_a_prefetch_and_rests_a_pin_until_somebody_asks_again() -> None:
+    bench = Bench()
+    prefetch = bench.claim(A, ClaimKind.PREFETCH)
+    bench.claim(A, ClaimKind.PIN)
+    bench.tick()
+    bench.happen(t.ResolveFailed(A.ref, PERMANENT))
+    assert bench.tick() == [t.Refuse(prefetch, PERMANENT)]
+    bench.now += LAST_BACKOFF_S
+    assert bench.tick() == []
+    bench.claim(A)
+    assert bench.tick() == [t.Resolve(A.ref)]
+
+
+def test_failed_loads_back_off_and_a_new_claim_tries_at_once() -> None:
+    bench = Bench()
+    bench.recover(A, claims=(make_claim("pin", A, ClaimKind.PIN, HOST),))
+    bench.standby()
+    assert bench.tick() == [t.Load(HOST, ID[A.ref])]
+    bench.happen(t.LoadFailed(HOST, ID[A.ref], TEMPORARY))
+    assert bench.tick() == []
+    bench.claim(A, device=HOST)
+    assert bench.tick() == [t.Load(HOST, ID[A.ref])]
+
+
+def test_a_fresh_lease_is_not_told_of_an_older_failure_to_load() -> None:
+    bench = Bench()
+    bench.recover(A, claims=(make_claim("pin", A, ClaimKind.PIN, HOST),))
+    bench.standby()
+    bench.tick()
+    bench.happen(t.LoadFailed(HOST, ID[A.ref], PERMANENT))
+    bench.claim(A, device=HOST, fresh=True)
+    assert bench.tick() == [t.Resolve(A.ref)]
+    bench.happen(t.Resolved(A))
+    assert bench.tick() == [t.Load(HOST, ID[A.ref])]
+
+
+# --- devices --------------------------------------------------------------------------------
+
+
+def test_the_coldest_idle_resident_makes_room_for_a_load() -> None:
+    bench = Bench()
+    bench.recover(A, B, D)
+    bench.standby(A, B)
+    bench.claim(D, device=HOST)
+    (release,) = bench.tick()
+    assert isinstance(release, t.Release) and release.artifact == ID[A.ref]
+    bench.happen(t.Released(HOST, ID[A.ref]))
+    (release,) = bench.tick()
+    assert isinstance(release, t.Release) and release.artifact == ID[B.ref]
+    bench.happen(t.Released(HOST, ID[B.ref]))
+    assert bench.tick() == [t.Load(HOST, ID[D.ref])]
+
+
+def test_a_claimed_resident_is_not_released_and_the_refusal_has_the_arithmetic() -> None:
+    bench = Bench()
+    bench.recover(A, D, claims=(held_claim("lease", A, HOST),))
+    bench.standby(A)
+    bench.claim(D, device=HOST)
+    problem = the_refusal(bench.tick())
+    assert problem.reason == "DEVICE_CAPACITY" and problem.retry_after_s == ROOM_RETRY_S
+    assert "needs 40 B on host; the capacity is 60 B, of which 30 B are claimed" in problem.message
+
+
+def test_what_is_larger_than_memory_is_refused_for_good_and_does_not_block_the_next() -> None:
+    bench = Bench()
+    bench.recover(G, A)
+    bench.standby()
+    bench.claim(G, device=HOST)
+    bench.claim(A, device=HOST)
+    actions = bench.tick()
+    assert not the_refusal(actions).temporary
+    assert only(actions, t.Load) == [t.Load(HOST, ID[A.ref])]
+
+
+def test_a_lease_waits_so_long_for_a_standby_and_a_pin_for_ever() -> None:
+    bench = Bench()
+    bench.recover(A, claims=(make_claim("pin", A, ClaimKind.PIN, HOST),))
+    bench.claim(A, device=HOST)
+    bench.now += STANDBY_WAIT_S - 0.1
+    assert bench.tick() == []
+    bench.now += 0.1
+    assert the_refusal(bench.tick()).reason == "NO_STANDBY"
+    bench.standby()
+    assert bench.tick() == [t.Load(HOST, ID[A.ref])]
+
+
+def test_a_standby_that_was_just_lost_is_waited_for_anew() -> None:
+    bench = Bench()
+    bench.recover(A)
+    bench.standby()
+    bench.claim(A, device=HOST)
+    bench.tick()
+    bench.now += 100.0
+    bench.happen(t.StandbyGone(HOST))
+    bench.now += STANDBY_WAIT_S - 0.1
+    assert bench.tick() == []
+    bench.standby()
+    assert bench.tick() == [t.Load(HOST, ID[A.ref])]
+
+
+def test_what_a_standby_still_holds_is_not_loaded_again() -> None:
+    bench = Bench()
+    bench.recover(A, claims=(held_claim("lease", A, HOST),))
+    bench.standby(A)
+    lease = bench.claim(A, device=HOST)
+    assert bench.tick() == [t.Grant(lease)]
+
+
+def test_a_standby_that_tells_again_does_not_disturb_what_is_under_way() -> None:
+    bench = Bench()
+    bench.recover(A, B, D)
+    bench.standby(A, B)
+    bench.claim(D, device=HOST)
+    assert len(bench.tick()) == 1  # A is being released
+    bench.standby(A, B)
+    assert bench.tick() == []
+    bench.standby(B)
+    assert bench.tick() == []
+    bench.happen(t.Released(HOST, ID[A.ref]))
+    (release,) = bench.tick()
+    assert isinstance(release, t.Release) and release.artifact == ID[B.ref]
+    bench.happen(t.Released(HOST, ID[B.ref]))
+    assert bench.tick() == [t.Load(HOST, ID[D.ref])]
+    bench.standby()
+    assert bench.tick() == []
+
+
+def test_residents_that_are_not_on_disk_are_released() -> None:
+    bench = Bench()
+    bench.recover(A)
+    bench.standby(A, B)
+    (release,) = bench.tick()
+    assert isinstance(release, t.Release) and release.artifact == ID[B.ref]
+
+
+# --- operators ------------------------------------------------------------------------------
+
+
+def test_an_eviction_that_was_asked_for_releases_then_evicts() -> None:
+    bench = Bench()
+    bench.recover(A)
+    bench.standby(A)
+    assert evict_problem(bench.state, ID[A.ref]) is None
+    bench.happen(t.EvictAsked(ID[A.ref]))
+    assert only(bench.tick(), t.Release)
+    bench.happen(t.Released(HOST, ID[A.ref]))
+    assert only(bench.tick(), t.Evict)
+
+
+def test_a_claim_that_comes_in_between_saves_the_artifact() -> None:
+    bench = Bench()
+    bench.recover(A)
+    bench.standby(A)
+    bench.happen(t.EvictAsked(ID[A.ref]))
+    bench.tick()
+    lease = bench.claim(A)
+    bench.happen(t.Released(HOST, ID[A.ref]))
+    assert bench.tick() == [t.Grant(lease)]
+    bench.happen(t.ClaimEnded(lease))
+    assert bench.tick() == []
+
+
+def test_a_claimed_artifact_is_not_evicted_and_its_holders_are_named() -> None:
+    bench = Bench()
+    bench.recover(A, claims=(held_claim("lease", A, HOST),))
+    problem = evict_problem(bench.state, ID[A.ref])
+    assert problem is not None
+    assert "a lease on host of uid 1000 (declares pid 7 on web-1)" in problem.message
+    bench.happen(t.EvictAsked(ID[A.ref]))
+    assert bench.tick() == []
+
+
+def test_a_second_eviction_waits_for_the_first() -> None:
+    bench = Bench()
+    bench.recover(A, B)
+    bench.happen(t.EvictAsked(ID[A.ref]), t.EvictAsked(ID[B.ref]))
+    assert len(bench.tick()) == 1
+    bench.happen(t.Evicted(ID[A.ref]))
+    (evict,) = bench.tick()
+    assert isinstance(evict, t.Evict) and evict.artifact == ID[B.ref]
+
+
+# --- time -----------------------------------------------------------------------------------
+
+
+def test_a_ttl_lease_ends_unless_it_is_renewed() -> None:
+    bench = Bench()
+    bench.recover(A)
+    lease = bench.claim(A, expires_at=START + 10)
+    assert bench.tick() == [t.Grant(lease)]
+    bench.happen(t.Renewed(lease, START + 20))
+    bench.now += 10
+    assert bench.tick() == []
+    bench.now += 10
+    assert bench.tick() == [t.Expire(lease)]
+    assert not bench.state.claims and not bench.state.claimed
+
+
+def test_a_lease_that_expires_before_its_fetch_begins_fetches_nothing() -> None:
+    bench = Bench()
+    lease = bench.claim(A, expires_at=START + 10)
+    bench.tick()
+    bench.happen(t.Resolved(A))
+    bench.now += 10
+    assert bench.tick() == [t.Expire(lease)]
+
+
+# --- corruption -----------------------------------------------------------------------------
+
+
+def test_corrupt_content_is_withdrawn_at_once_and_fetched_anew() -> None:
+    bench = Bench()
+    both = make_revision("both", "ac")
+    pin = make_claim("pin", A, ClaimKind.PIN, HOST)
+    bench.recover(A, both, B, claims=(pin, held_claim("lease", A, HOST)))
+    bench.standby(A)
+    lease = bench.claim(A)
+    bench.happen(t.Corrupt(digest("a"), "bad bytes in a"))
+    actions = bench.tick()
+    assert set(actions[0].artifacts) == {ID[A.ref], artifact_of(both).id}  # type: ignore[union-attr]
+    assert only(actions, t.Release) and not only(actions, t.Grant)
+    assert set(bench.state.notes) == {B.ref}
+    assert bench.state.withdrawn[A.ref].message == "bad bytes in a"
+    bench.happen(t.Quarantined((ID[A.ref], artifact_of(both).id), (A,)), t.Released(HOST, ID[A.ref]))
+    assert bench.tick() == [t.Resolve(A.ref)]
+    bench.happen(t.Resolved(A))
+    assert bench.tick() == [t.Fetch(A, background=False)]
+    bench.fetched(A)
+    assert A.ref not in bench.state.withdrawn
+    assert bench.tick() == [t.Grant(lease), t.Load(HOST, ID[A.ref])]
+
+
+def test_a_pin_whose_load_found_the_corruption_is_loaded_again_after_the_new_fetch() -> None:
+    bench = Bench()
+    bench.recover(A, claims=(make_claim("pin", A, ClaimKind.PIN, HOST),))
+    bench.standby()
+    bench.tick()
+    bench.happen(t.Corrupt(digest("a"), "bad"), t.LoadFailed(HOST, ID[A.ref], PERMANENT))
+    bench.tick()
+    bench.happen(t.Quarantined((ID[A.ref],), ()))
+    bench.tick()
+    bench.happen(t.Resolved(A))
+    bench.tick()
+    bench.fetched(A)
+    assert bench.tick() == [t.Load(HOST, ID[A.ref])]
+
+
+# --- restart --------------------------------------------------------------------------------
+
+
+def test_a_restart_restores_what_pins_ask_for_without_asking_the_origin() -> None:
+    bench = Bench()
+    bench.recover(A, claims=(make_claim("pin", A, ClaimKind.PIN, HOST, fresh=True),))
+    bench.standby()
+    assert bench.tick() == [t.Load(HOST, ID[A.ref])]
+
+
+def test_a_restart_resumes_leftovers_of_a_pin() -> None:
+    bench = Bench()
+    bench.happen(t.Recovered((), (), (make_claim("pin", A, ClaimKind.PIN),), (A,)))
+    assert bench.state.disk.ledger.used_bytes == A.size_bytes
+    assert bench.tick() == [t.Resolve(A.ref)]
+    bench.happen(t.Resolved(A))
+    assert bench.tick() == [t.Fetch(A, background=True)]
+    assert bench.state.disk.ledger.used_bytes == A.size_bytes
+
+
+def test_a_restart_keeps_leases_on_what_they_were_answered_with() -> None:
+    bench = Bench()
+    newer = make_revision("a", "bc")
+    old = artifact_of(A)
+    note = Note(A.ref, newer.key, artifact_of(newer).id, True, START)
+    bench.happen(t.Recovered((old, artifact_of(newer)), (note,), (held_claim("lease", A),), ()))
+    assert bench.tick() == []
+    assert evict_problem(bench.state, old.id) is not None
+    assert evict_problem(bench.state, artifact_of(newer).id) is None
+
+
+def test_a_prefetch_that_a_crash_interrupted_goes_on() -> None:
+    bench = Bench()
+    bench.recover(B, claims=(make_claim("p", A, ClaimKind.PREFETCH), make_claim("q", B, ClaimKind.PREFETCH)))
+    assert bench.tick() == [t.Grant(ClaimId("q")), t.Resolve(A.ref)]
+
+
+# --- the simulated node ---------------------------------------------------------------------
+
+
+def test_the_simulated_node_meets_a_claim_in_calm() -> None:
+    """The machine's world is fair: without faults, everything that fits is met."""
+    world = World()
+    for ref in (Ref("a"), Ref("ec")):
+        world.claim(ClaimKind.PIN, ref, HOST)
+    lease = world.claim(ClaimKind.LEASE, Ref("dd"), DISK)
+    world.calm_down()
+    world.check_met()
+    assert lease in world.granted and not world.refused
+    assert world.memory == {artifact_of(ORIGIN[Ref(ref)][0]).id for ref in ("a", "ec")}
+    assert sum(BYTES_OF[d] for d in world.blobs) == 100
