@@ -40,6 +40,7 @@ SLICE_BYTES = 64 * 1024
 """What is sent between two looks at the rate: small enough that connections share it evenly."""
 UNLIMITED_SLICE_BYTES = 1024 * 1024
 MAX_WAIT_S = 3600.0
+OVERSLEEP_S = 0.02
 STATS_PATH = "-/stats"
 
 FaultKind = Literal[
@@ -93,9 +94,11 @@ class Rate:
         if self.bytes_per_s is None:
             return
         with self._lock:
-            # What was not used in the past is gone: a burst after a pause would falsify a figure.
-            self._free_at = max(self._free_at, time.monotonic()) + size_bytes / self.bytes_per_s
-            wait_s = self._free_at - time.monotonic()
+            # What was not used in the past is gone, or a burst after a pause would falsify a figure; but for
+            # the little by which sleeps are too long, or a single connection would never reach the rate.
+            now = time.monotonic()
+            self._free_at = max(self._free_at, now - OVERSLEEP_S) + size_bytes / self.bytes_per_s
+            wait_s = self._free_at - now
         closed.wait(min(max(0.0, wait_s), MAX_WAIT_S))
 
 

@@ -87,6 +87,13 @@ class ModelCache(pb_grpc.ModelCacheServicer):
 
     async def _acquire(self, request: pb.AcquireRequest) -> AsyncGenerator[Progress | Granted]:
         timed = request.lease == pb.LEASE_MODE_TTL
+        if request.lease not in pb.LeaseMode.values():
+            raise permanent(
+                ErrorKind.INVALID,
+                "BAD_LEASE_MODE",
+                f"this daemon knows no lease mode {request.lease}",
+                "ask for one of " + ", ".join(pb.LeaseMode.keys()),
+            )
         if request.ttl_s and not timed:
             raise permanent(
                 ErrorKind.INVALID, "BAD_TTL", "ttl_s goes with LEASE_MODE_TTL only", "leave one of them out"

@@ -240,7 +240,7 @@ def parse_ref(text: str) -> Ref:
     if not separator or scheme not in ("file", "http", "https"):
         raise _bad_ref(text, "its scheme is none of file, http, https")
     if (
-        not rest
+        not rest.strip("/")
         or (scheme == "file" and not rest.startswith("/"))
         or rest.startswith("/") != (scheme == "file")
     ):

@@ -109,7 +109,7 @@ class World:
         self.notes: dict[Ref, Note] = {}
         self.ingests: dict[RevisionKey, Revision] = {}
         self.pending: list[StoreWork] = []
-        self.kept: dict[Digest, tuple[Revision, ...]] = {}
+        self.kept: list[tuple[Revision, ...]] = []
         # Memory, and whether the daemon hears its standby.
         self.memory: set[ArtifactId] = set()
         self.sizes: dict[ArtifactId, Artifact] = {}
@@ -190,6 +190,18 @@ class World:
         if evict_problem(self.state, artifact) is None:
             self.happen(t.EvictAsked(artifact))
 
+    def furnish(self, refs: Iterable[Ref]) -> None:
+        """Begin with as many of these as fit on disk, the first one the coldest."""
+        for at, ref in enumerate(refs):
+            revision = ORIGIN[ref][0]
+            artifact = artifact_of(revision, START - 100 + at)
+            contents = {d for d, _ in artifact.blobs}
+            if sum(BYTES_OF[d] for d in self.blobs | contents) <= DISK_BYTES:
+                self.blobs |= contents
+                self.manifests[artifact.id] = artifact
+                self.notes[ref] = note_of(revision, START - 100 + at)
+        self.restart()
+
     def restart(self) -> None:
         """The daemon dies: works in flight are lost, what is durable is found again."""
         claims = [
@@ -238,7 +250,7 @@ class World:
         kept = tuple(attest(REVISIONS[note.revision]) for note in notes) if self.keep_leftovers else ()
         for revision in kept:
             self.ingests.setdefault(revision.key, revision)
-        self.kept[bad] = kept
+        self.kept.append(kept)
         self.sweep()
 
     def sweep(self) -> None:
@@ -288,7 +300,7 @@ class World:
             self.manifests[artifact.id], self.notes[revision.ref] = artifact, note
             self.happen(t.Fetched(key, artifact, note))
             if self.state.transfers.get(key) is not None:
-                self.ingests[key] = revision  # it is fetched once more: see _fetched
+                self.ingests[key] = attest(revision)  # it is fetched once more: see _fetched
             return
         first = revision.files[0].sha256
         if first is not None:
@@ -312,8 +324,8 @@ class World:
                 self.happen(t.Evicted(artifact))
             case t.Discard(key):
                 self.happen(t.Discarded(key))
-            case t.Quarantine(artifacts, bad):
-                self.happen(t.Quarantined(artifacts, self.kept.pop(bad)))
+            case t.Quarantine(artifacts):
+                self.happen(t.Quarantined(artifacts, self.kept.pop(0)))
 
     def rot(self, bad: Digest) -> None:
         self.corrupt.add(bad)

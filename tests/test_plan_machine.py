@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from plan_world import ORIGIN, REFS, World
 
-from cached.model import DISK, HOST, ClaimKind
+from cached.model import DISK, HOST, ClaimKind, Device, Ref
 from cached.plan import types as t
 
 EXAMPLES = os.environ.get("PLAN_EXAMPLES")
 """How many examples to try when hunting by hand; unset, a fixed set is run."""
 
 indices = st.integers(0, 15)
+often = st.sampled_from([True, True, True, False])
 outcomes = st.sampled_from(["ok", "ok", "ok", "temporary", "permanent"])
 
 
@@ -33,12 +34,21 @@ class Node(RuleBasedStateMachine):
         if not self.paused:
             self.world.tick()
 
-    @initialize(keep_leftovers=st.booleans(), connected=st.booleans())
-    def begin(self, keep_leftovers: bool, connected: bool) -> None:
+    @initialize(
+        keep_leftovers=st.booleans(),
+        connected=often,
+        furniture=st.lists(st.sampled_from(REFS), max_size=4, unique=True),
+        guests=st.integers(0, 3),
+    )
+    def begin(self, keep_leftovers: bool, connected: bool, furniture: list[Ref], guests: int) -> None:
+        """A node that has run for a while: artifacts on disk, and some of them held in memory."""
         self.world.keep_leftovers = keep_leftovers
+        self.world.furnish(furniture)
         if connected:
             self.world.see_standby()
-        self.then()
+        for ref in furniture[:guests]:
+            self.world.claim(ClaimKind.LEASE, ref, HOST)
+        self.finish_all()
 
     @rule(events=st.integers(2, 4))
     def pause(self, events: int) -> None:
@@ -50,13 +60,13 @@ class Node(RuleBasedStateMachine):
     @rule(
         kind=st.sampled_from(ClaimKind),
         ref=st.sampled_from(REFS),
-        device=st.sampled_from([DISK, HOST]),
-        fresh=st.booleans(),
+        device=st.sampled_from([DISK, HOST, HOST]),
+        fresh=st.sampled_from([False, False, True]),
         ttl_s=st.none() | st.sampled_from([0.5, 30.0, 500.0]),
     )
-    def claim(self, kind: ClaimKind, ref: str, device: str, fresh: bool, ttl_s: float | None) -> None:
+    def claim(self, kind: ClaimKind, ref: Ref, device: Device, fresh: bool, ttl_s: float | None) -> None:
         ttl_s = ttl_s if kind is ClaimKind.LEASE else None
-        self.world.claim(kind, ref, device, fresh, ttl_s)  # type: ignore[arg-type]
+        self.world.claim(kind, ref, device, fresh, ttl_s)
         self.then()
 
     @precondition(lambda self: self.world.state.claims)
@@ -92,8 +102,8 @@ class Node(RuleBasedStateMachine):
         self.then()
 
     @rule(ref=st.sampled_from([ref for ref, versions in ORIGIN.items() if len(versions) > 1]))
-    def origin_changes(self, ref: str) -> None:
-        self.world.version[ref] += 1  # type: ignore[index]
+    def origin_changes(self, ref: Ref) -> None:
+        self.world.version[ref] += 1
 
     # --- memory -----------------------------------------------------------------------------
 
@@ -139,7 +149,7 @@ class Node(RuleBasedStateMachine):
         self.world.now += seconds
         self.then()
 
-    @rule(connected=st.booleans())
+    @rule(connected=often)
     def restart(self, connected: bool) -> None:
         self.world.restart()
         if connected:

@@ -156,6 +156,8 @@ def environment(options: Options, places: Places, outside: Mapping[str, str] = o
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(options.threads),
+        # Spinning threads would steal the time of whoever else runs on a small machine.
+        "OMP_WAIT_POLICY": "PASSIVE",
         # Without it the result of a matrix product may depend on how its operands lie in memory.
         "MKL_CBWR": "AUTO",
         "PYTHONUNBUFFERED": "1",

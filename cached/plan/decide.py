@@ -35,6 +35,9 @@ STANDBY_WAIT_S = 15.0
 REFRESH_AFTER_S = 300.0
 """How old a noted resolution may be before its use makes the daemon ask the origin in the background."""
 ROOM_RETRY_S = 30.0
+OUR_DEATHS = frozenset({"WORKER_DIED", "INGEST_BUSY", "STANDBY_GONE"})
+"""Failures that a death of one of our own processes makes: those who wait do not hear of it, as the next
+round goes on where it stopped, until it was too many times in a row."""
 
 
 def plan(state: State, now: float) -> list[t.Action]:
@@ -106,7 +109,8 @@ class _Draft:
             claim = self.state.claims[claim_id]
             final = problem.retry_after_s is None or record.rounds >= MOST_ROUNDS
             waits = claim.kind is ClaimKind.LEASE and claim_id not in self.state.answered
-            if waits or (claim.kind is ClaimKind.PREFETCH and final):
+            hears = final or problem.reason not in OUR_DEATHS
+            if (waits and hears) or (claim.kind is ClaimKind.PREFETCH and final):
                 self._refuse(claim, problem)
             elif claim_id not in self.ended:
                 left = True
@@ -117,7 +121,7 @@ class _Draft:
     def _resolve(self) -> None:
         resolutions = self.state.resolutions
         slots = self.state.resolve_slots - sum(r.step is t.Step.RUNNING for r in resolutions.values())
-        for ref in self.state.unresolved.in_order():
+        for ref in self.state.unresolved.in_order(self.ended):
             record = resolutions.get(ref)
             if record is not None and record.step is t.Step.RUNNING:
                 continue
@@ -134,10 +138,10 @@ class _Draft:
     def _fetch(self) -> None:
         slots = self.state.fetch_slots - len(self.state.running)
         self._stop_unclaimed()
-        for key in [key for key in self.state.unfetched.in_order() if self._wants_fetch(key)]:
+        for key in [key for key in self.state.unfetched.in_order(self.ended) if self._wants_fetch(key)]:
             if slots > 0:
                 slots -= self._start(self.state.transfers[key])
-            elif self.state.unfetched.urgent(key):
+            elif self.state.unfetched.urgent(key, self.ended):
                 self._preempt()
             if self.making_room:
                 # Whoever is first in line for room gets it; what is behind would eat it up.
@@ -168,7 +172,7 @@ class _Draft:
         stopping = any(isinstance(a, t.StopFetch) for a in self.actions)
         if stopping or any(r.step is not t.Step.RUNNING for r in transfers):
             return
-        background = [r for r in transfers if not self.state.unfetched.urgent(r.revision.key)]
+        background = [r for r in transfers if not self.state.unfetched.urgent(r.revision.key, self.ended)]
         if background:
             self.actions.append(t.StopFetch(background[-1].revision.key))
 
@@ -182,7 +186,7 @@ class _Draft:
             if not transfer.reserved:
                 self.disk.add(items)
             self.starting.add(key)
-            background = not self.state.unfetched.urgent(key)
+            background = not self.state.unfetched.urgent(key, self.ended)
             self.actions.append(t.Fetch(transfer.revision, background))
             return 1
         claimed = self._claimed_on_disk(transfer)
@@ -204,7 +208,7 @@ class _Draft:
         """What may not be evicted: claimed artifacts, transfers that are wanted and reserved."""
         ledger = Ledger()
         for artifact_id in self.state.claimed:
-            if self.state.is_verified(artifact_id) and self._claimed(artifact_id):
+            if self._is_sound(artifact_id) and self._claimed(artifact_id):
                 ledger.add(self.state.artifacts[artifact_id].artifact.blobs)
         for key, transfer in self.state.transfers.items():
             kept = transfer.reserved and transfer.step is not t.Step.DISCARDING
@@ -272,7 +276,7 @@ class _Draft:
         slots = {d: self.state.load_slots - sum(s[0] == d for s in loading) for d in ledgers}
         self.moving = {s[0] for s, r in self.state.residencies.items() if r.step is t.ResidentStep.RELEASING}
         self.moving |= {a.device for a in self.actions if isinstance(a, t.Release)}
-        for spot in self.state.unloaded.in_order():
+        for spot in self.state.unloaded.in_order(self.ended):
             place = self.state.places.get(spot[0])
             if place is None or place.inventory is None:
                 self._no_standby(spot, place)

@@ -6,7 +6,7 @@ no I/O. Only ``apply`` changes a state; ``decide`` and the views read it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
@@ -39,11 +39,11 @@ class Queue(Generic[K]):
     __slots__ = ("_claims", "_leases")
 
     def __init__(self) -> None:
-        self._claims: dict[K, dict[ClaimId, None]] = {}
+        self._claims: dict[K, dict[ClaimId, ClaimKind]] = {}
         self._leases: dict[K, int] = {}
 
     def add(self, key: K, claim: Claim) -> None:
-        self._claims.setdefault(key, {})[claim.id] = None
+        self._claims.setdefault(key, {})[claim.id] = claim.kind
         if claim.kind is ClaimKind.LEASE:
             self._leases[key] = self._leases.get(key, 0) + 1
 
@@ -62,13 +62,16 @@ class Queue(Generic[K]):
     def holds(self, key: K, claim: ClaimId) -> bool:
         return claim in self._claims.get(key, ())
 
-    def urgent(self, key: K) -> bool:
-        return key in self._leases
+    def urgent(self, key: K, ended: Container[ClaimId] = ()) -> bool:
+        """Whether a lease that is not among ``ended`` waits for it."""
+        kinds = self._claims[key].items() if key in self._leases else ()
+        return any(kind is ClaimKind.LEASE and claim not in ended for claim, kind in kinds)
 
-    def in_order(self) -> Iterator[K]:
+    def in_order(self, ended: Container[ClaimId] = ()) -> Iterator[K]:
         """Keys that leases wait for, then the others, each in order of arrival."""
-        yield from self._leases
-        yield from (key for key in self._claims if key not in self._leases)
+        urgent = {key: None for key in self._leases if self.urgent(key, ended)}
+        yield from urgent
+        yield from (key for key in self._claims if key not in urgent)
 
     def __contains__(self, key: object) -> bool:
         return key in self._claims

@@ -301,6 +301,37 @@ def said(replica: subprocess.Popen[str]) -> str:
     return line.strip()
 
 
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended; one that nobody has reaped yet has."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state in "ZX"
+
+
+def check_store(node: NodeKit) -> None:
+    """Nothing unproven can be served: what lies in the data directory is whole, and the daemon agrees."""
+    check_data_dir(node.data_dir)
+    node.ctl("verify", "--all")
+
+
+def check_data_dir(data_dir: Path) -> None:
+    """Every blob is what its name says, every tree is an artifact's and made of blobs, no artifact lacks one."""
+    blobs = {path.name: path for path in (data_dir / "blobs").rglob("*") if path.is_file()}
+    assert {name: sha256(path) for name, path in blobs.items()} == {name: name for name in blobs}
+    artifacts = {path.stem: json.loads(path.read_text()) for path in (data_dir / "artifacts").glob("*.json")}
+    trees = {path.name: path for path in (data_dir / "trees").iterdir()}
+    assert set(trees) == set(artifacts)
+    for name, manifest in artifacts.items():
+        expected = {file["path"]: file["blob"]["sha256"] for file in manifest["files"]}
+        assert set(expected.values()) <= set(blobs)
+        files = [path for path in trees[name].rglob("*") if not path.is_dir()]
+        assert {str(path.relative_to(trees[name])) for path in files} == set(expected)
+        for path in files:
+            assert path.samefile(blobs[expected[str(path.relative_to(trees[name]))]])
+
+
 HOLD = """
 import sys, cached
 model = cached.acquire(sys.argv[1], on=sys.argv[2], timeout_s=60)
