@@ -226,16 +226,21 @@ class _Preloader:
 
     async def _run_one(self) -> None:
         # A session of its own: a terminal's Ctrl-C is ours to pass on, and our own death not its end.
+        # -P: no code from whatever directory the daemon was started in.
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "preloader", "serve", "--same-group"),
+            *(sys.executable, "-P", "-m", "preloader", "serve", "--same-group"),
             *("--run-dir", self._settings.run_dir, "--data-dir", self._settings.data_dir),
             start_new_session=True,
         )
-        code = await process.wait()
+        try:
+            code = await process.wait()
+        except asyncio.CancelledError:
+            await _end(process)
+            raise
         logger.warning("the preloader ended and is started again", code=code)
 
     async def _stop(self) -> None:
-        """End whoever holds the lock, the one we started or the one we found, and wait for it."""
+        """End whoever holds the lock, one that we did not start included, and wait for it."""
         for number, wait_s in ((signal.SIGTERM, PRELOADER_STOP_S), (signal.SIGKILL, KEEP_PRELOADER_S)):
             deadline = asyncio.get_running_loop().time() + wait_s
             with contextlib.suppress(CachedError, ValueError, ProcessLookupError, PermissionError):
@@ -243,6 +248,16 @@ class _Preloader:
                     os.kill(int(self._fs.read_file(self._lock)), number)
             while self._fs.is_locked(self._lock) and asyncio.get_running_loop().time() < deadline:
                 await asyncio.sleep(0.02)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """End our own preloader, by its process: one that has just begun has no lock yet by which to find it."""
+    for stop, wait_s in ((process.terminate, PRELOADER_STOP_S), (process.kill, KEEP_PRELOADER_S)):
+        with contextlib.suppress(ProcessLookupError, TimeoutError):
+            stop()
+            async with asyncio.timeout(wait_s):
+                await process.wait()
+                return
 
 
 # --- serving --------------------------------------------------------------------------------

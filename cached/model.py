@@ -35,6 +35,8 @@ MAX_FILES = 10_000
 MAX_REF_CHARS = 2048
 MAX_PATH_CHARS = 512
 MAX_TTL_S = 7 * 24 * 3600
+ORIGIN_CHANGED = "ORIGIN_CHANGED"
+"""The reason of a transfer that met other content than was listed: only another revision can be had."""
 
 
 # --- errors ---------------------------------------------------------------------------------

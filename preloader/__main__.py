@@ -7,6 +7,7 @@ no model, knows no driver, stays small; what a child tells of what it has locked
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import logging
 import os
@@ -27,6 +28,8 @@ LONGEST_PAUSE_S = 5.0
 HEALTHY_AFTER_S = 10.0
 END_TIMEOUT_S = 5.0
 LOOK_EVERY_S = 1.0
+LOCK_TRIES = 5
+LOCK_PAUSE_S = 0.02
 MAX_SOCKET_PATH_CHARS = 100
 """The kernel takes 107 bytes; the rest is for a temporary name."""
 
@@ -198,7 +201,8 @@ def _devices(text: str) -> list[str]:
 
 
 def _child(device: str, options: argparse.Namespace) -> Child:
-    command = [sys.executable, "-m", "preloader.serve", "--device", device]
+    # -P: no code from whatever directory this was started in.
+    command = [sys.executable, "-P", "-m", "preloader.serve", "--device", device]
     command += ["--data-dir", str(options.data_dir.absolute()), "--run-dir", str(options.run_dir.absolute())]
     return Child(device, (*command, *(["--same-group"] if options.same_group else [])))
 
@@ -206,14 +210,22 @@ def _child(device: str, options: argparse.Namespace) -> Child:
 def _take_lock(path: Path) -> int:
     """The right to be this run directory's preloader, for as long as this process lives."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _try_lock(lock):
         pid = os.pread(lock, 20, 0).decode("ascii", "replace").strip()
         _fail(f"another preloader (pid {pid}) serves {path.parent}", "stop it, or use another --run-dir")
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     return lock
+
+
+def _try_lock(lock: int) -> bool:
+    """More than once: a daemon that looks whether somebody has the lock has it itself for that moment."""
+    for _ in range(LOCK_TRIES):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(LOCK_PAUSE_S)
+    return False
 
 
 def _memory_file(text: str) -> int:

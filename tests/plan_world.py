@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from cached.model import (
     DISK,
     HOST,
+    ORIGIN_CHANGED,
     Artifact,
     ArtifactId,
     Claim,
@@ -43,6 +45,7 @@ HOST_BYTES = 60
 START = 1_000_000.0
 
 TEMPORARY = Problem(ErrorKind.UNAVAILABLE, "ORIGIN_AWAY", "the origin is away", "wait", 1.0)
+CHANGED = Problem(ErrorKind.FAILED, ORIGIN_CHANGED, "a file was changed after it was listed", "ask again")
 PERMANENT = Problem(ErrorKind.NOT_FOUND, "NO_SUCH_FILE", "the file is not there", "mend the ref")
 
 SIZES = {"a": 30, "b": 30, "c": 10, "d": 40, "e": 20, "f": 120, "g": 70}
@@ -109,7 +112,7 @@ class World:
         self.notes: dict[Ref, Note] = {}
         self.ingests: dict[RevisionKey, Revision] = {}
         self.pending: list[StoreWork] = []
-        self.kept: list[tuple[Revision, ...]] = []
+        self.kept: list[tuple[tuple[ArtifactId, ...], tuple[Revision, ...]]] = []
         # Memory, and whether the daemon hears its standby.
         self.memory: set[ArtifactId] = set()
         self.sizes: dict[ArtifactId, Artifact] = {}
@@ -228,35 +231,52 @@ class World:
             match work:
                 case t.Evict(artifact, drop):
                     self.take_down(artifact)
-                    self.blobs -= set(drop)
+                    self.drop(drop)
                 case t.Discard(key, drop):
-                    del self.ingests[key]
-                    self.blobs -= set(drop)
+                    self.ingests.pop(key, None)
+                    self.drop(drop)
+                    self.sweep()  # the planner does not know the digests of unattested contents
                 case t.Quarantine(artifacts, bad):
                     self.quarantine(artifacts, bad)
         self.pending.clear()
 
+    def tell_store_works(self) -> None:
+        """What the store has done is told before anything that it does later."""
+        for work in list(self.works):
+            if isinstance(work, StoreWork) and not any(work is other for other in self.pending):
+                self.works.remove(work)
+                self.finish_store(work)
+
+    def drop(self, contents: Iterable[Digest]) -> None:
+        self.blobs -= set(contents) - self.owned()
+
+    def owned(self) -> set[Digest]:
+        return {d for artifact in self.manifests.values() for d, _ in artifact.blobs}
+
     def take_down(self, artifact: ArtifactId) -> list[Note]:
-        del self.manifests[artifact]
+        self.manifests.pop(artifact, None)
         notes = [note for note in self.notes.values() if note.artifact == artifact]
         for note in notes:
             del self.notes[note.ref]
         return notes
 
     def quarantine(self, artifacts: tuple[ArtifactId, ...], bad: Digest) -> None:
-        notes = [note for artifact in artifacts for note in self.take_down(artifact)]
+        having = {a.id for a in self.manifests.values() if any(d == bad for d, _ in a.blobs)}
+        down = tuple(sorted(having | set(artifacts)))
+        notes = [note for artifact in down for note in self.take_down(artifact)]
         self.blobs.discard(bad)
         self.corrupt.discard(bad)
         kept = tuple(attest(REVISIONS[note.revision]) for note in notes) if self.keep_leftovers else ()
         for revision in kept:
             self.ingests.setdefault(revision.key, revision)
-        self.kept.append(kept)
+        self.kept.append((down, kept))
         self.sweep()
 
     def sweep(self) -> None:
         """Remove contents that no artifact and no ingest names."""
-        named = {d for artifact in self.manifests.values() for d, _ in artifact.blobs}
-        named |= {f.sha256 for revision in self.ingests.values() for f in revision.files if f.sha256}
+        named = self.owned() | {
+            f.sha256 for revision in self.ingests.values() for f in revision.files if f.sha256
+        }
         self.blobs &= named
 
     def disk_bytes(self) -> int:
@@ -269,18 +289,18 @@ class World:
     # --- outcomes ---------------------------------------------------------------------------
 
     def finish(self, index: int, outcome: str) -> None:
-        """One of the works in flight ends: ``ok``, ``temporary`` or ``permanent``. Store works end in order."""
+        """A work in flight ends: ``ok``, ``temporary`` or ``permanent``. Store works end in order."""
         work = self.works[index % len(self.works)]
-        if isinstance(work, t.Evict | t.Discard | t.Quarantine):
-            work = next(w for w in self.works if isinstance(w, t.Evict | t.Discard | t.Quarantine))
+        if isinstance(work, StoreWork):
+            work = next(w for w in self.works if isinstance(w, StoreWork))
         self.works.remove(work)
         problem = {"temporary": TEMPORARY, "permanent": PERMANENT}.get(outcome)
         match work:
             case t.Resolve(ref):
-                current = ORIGIN[ref][self.version[ref] % len(ORIGIN[ref])]
-                self.happen(t.ResolveFailed(ref, problem) if problem else t.Resolved(current))
+                self.happen(t.ResolveFailed(ref, problem) if problem else t.Resolved(self.current(ref)))
             case t.Fetch(revision):
-                self.finish_fetch(revision, problem)
+                changed = None if revision.key == self.current(revision.ref).key else CHANGED
+                self.finish_fetch(revision, problem or changed)
             case t.Load(device, artifact):
                 self.finish_load(device, artifact, problem)
             case t.Release(device, artifact):
@@ -290,17 +310,21 @@ class World:
                 self.run_store()
                 self.finish_store(work)
 
+    def current(self, ref: Ref) -> Revision:
+        """What the origin has now."""
+        return ORIGIN[ref][self.version[ref] % len(ORIGIN[ref])]
+
     def finish_fetch(self, revision: Revision, problem: Problem | None) -> None:
         key = revision.key
         if problem is None:
-            self.run_store()
+            if any(isinstance(work, t.Quarantine) for work in self.pending):
+                self.run_store()  # a commit that slips in before a quarantine has a test of its own
+            self.tell_store_works()
             artifact, note = artifact_of(revision, self.now), note_of(revision, self.now)
             del self.ingests[key]
             self.blobs |= {d for d, _ in artifact.blobs}
             self.manifests[artifact.id], self.notes[revision.ref] = artifact, note
             self.happen(t.Fetched(key, artifact, note))
-            if self.state.transfers.get(key) is not None:
-                self.ingests[key] = attest(revision)  # it is fetched once more: see _fetched
             return
         first = revision.files[0].sha256
         if first is not None:
@@ -324,8 +348,8 @@ class World:
                 self.happen(t.Evicted(artifact))
             case t.Discard(key):
                 self.happen(t.Discarded(key))
-            case t.Quarantine(artifacts):
-                self.happen(t.Quarantined(artifacts, self.kept.pop(0)))
+            case t.Quarantine():
+                self.happen(t.Quarantined(*self.kept.pop(0)))
 
     def rot(self, bad: Digest) -> None:
         self.corrupt.add(bad)
@@ -441,19 +465,19 @@ class World:
     def standing(self, but: RevisionKey | ArtifactId | None = None) -> list[dict[str, int]]:
         """What counts on disk: artifacts until they are gone, and what is set aside."""
         found: list[dict[str, int]] = [
-            dict(p.artifact.blobs)
-            for p in self.state.artifacts.values()
-            if p.artifact.id != but
+            dict(p.artifact.blobs) for p in self.state.artifacts.values() if p.artifact.id != but
         ]
         transfers = [x for x in self.state.transfers.values() if x.reserved and x.revision.key != but]
         return found + [keys_of(x.revision) for x in transfers]
 
-    def only_of_artifact(self, artifact: ArtifactId) -> set[str]:
-        return {d for d, _ in self.blobs_of(artifact)} - {k for s in self.standing(artifact) for k in s}
+    def only_of_artifact(self, artifact: ArtifactId) -> set[Digest]:
+        others = {key for contents in self.standing(artifact) for key in contents}
+        return {d for d, _ in self.blobs_of(artifact) if d not in others}
 
-    def only_of_transfer(self, key: RevisionKey) -> set[str]:
-        attested = {f.sha256 for f in self.state.transfers[key].revision.files if f.sha256}
-        return attested - {k for s in self.standing(key) for k in s}
+    def only_of_transfer(self, key: RevisionKey) -> set[Digest]:
+        others = {k for contents in self.standing(key) for k in contents}
+        files = self.state.transfers[key].revision.files
+        return {f.sha256 for f in files if f.sha256 and f.sha256 not in others}
 
     def cannot_fit(self, claim: Claim, problem: Problem) -> bool:
         """Whether what others claim leaves no room for what this claim lacks."""
@@ -569,15 +593,15 @@ class World:
             failed = residency.step in (t.ResidentStep.FAILED, t.ResidentStep.REFUSED)
             assert failed == (residency.problem is not None) == (not residency.items)
             assert not failed or artifact in state.artifacts, "a leak"
-        for artifact, proven in state.artifacts.items():
-            if proven.step is t.DiskStep.VERIFIED:
-                contents = {d for d, _ in proven.artifact.blobs}
+        for artifact, found in state.artifacts.items():
+            if found.step is t.DiskStep.VERIFIED:
+                contents = {d for d, _ in found.artifact.blobs}
                 assert artifact in self.manifests and contents <= self.blobs, "the disk has lost it"
 
     # --- the end ----------------------------------------------------------------------------
 
     def calm_down(self) -> None:
-        """Faults are over: everything in flight ends well, and time passes until nothing is left to wait for."""
+        """Faults are over: all that is in flight ends well, and time passes until nothing is waited for."""
         if not self.connected:
             self.see_standby()
         self.tick()
@@ -627,7 +651,7 @@ def keys_of(revision: Revision) -> dict[str, int]:
     return {revision.content_key(i): f.size_bytes for i, f in enumerate(revision.files)}
 
 
-def union_bytes(sets: Iterable[dict[str, int]]) -> int:
+def union_bytes(sets: Iterable[Mapping[Any, int]]) -> int:
     union: dict[str, int] = {}
     for contents in sets:
         union |= contents

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from plan_world import (
     BYTES_OF,
+    CHANGED,
     DISK_BYTES,
     HOST_BYTES,
     ORIGIN,
@@ -36,8 +37,8 @@ from cached.model import (
 )
 from cached.plan import State, apply, evict_problem, plan
 from cached.plan import types as t
-from cached.plan.apply import LAST_BACKOFF_S, backoff_s
-from cached.plan.decide import MOST_ROUNDS, REFRESH_AFTER_S, ROOM_RETRY_S, STANDBY_WAIT_S
+from cached.plan.apply import LAST_BACKOFF_S, ORIGIN_SETTLES_S, backoff_s
+from cached.plan.decide import MOST_ROUNDS, OUR_DEATHS, REFRESH_AFTER_S, ROOM_RETRY_S, STANDBY_WAIT_S
 
 A = make_revision("a", "a")  # 30 bytes
 B = make_revision("b", "b")  # 30 bytes
@@ -397,6 +398,20 @@ def test_a_lease_is_told_at_once_even_of_what_may_pass() -> None:
     assert not bench.state.claims
 
 
+@pytest.mark.parametrize("reason", sorted(OUR_DEATHS))
+def test_a_lease_does_not_hear_of_a_death_of_our_own_until_it_was_too_many(reason: str) -> None:
+    bench = Bench()
+    lease = bench.fetching(A)
+    problem = Problem(ErrorKind.UNAVAILABLE, reason, "it died", "it is tried again", 1.0)
+    for rounds in range(1, MOST_ROUNDS):
+        bench.happen(t.FetchFailed(A.key, problem))
+        assert bench.tick() == []
+        bench.now += backoff_s(rounds)
+        assert bench.tick() == [t.Fetch(A, background=False)]
+    bench.happen(t.FetchFailed(A.key, problem))
+    assert bench.tick() == [t.Refuse(lease, problem)]
+
+
 def test_a_failed_transfer_is_tried_again_after_its_backoff() -> None:
     bench = Bench()
     bench.fetching(A, ClaimKind.PIN)
@@ -466,6 +481,32 @@ def test_a_fresh_lease_is_not_told_of_an_older_failure_to_load() -> None:
     assert bench.tick() == [t.Resolve(A.ref)]
     bench.happen(t.Resolved(A))
     assert bench.tick() == [t.Load(HOST, ID[A.ref])]
+
+
+def test_a_pin_whose_origin_changed_midway_asks_it_again() -> None:
+    bench = Bench()
+    newer = make_revision("a", "bc")
+    bench.fetching(A, ClaimKind.PIN)
+    bench.happen(t.FetchFailed(A.key, CHANGED))
+    assert bench.tick() == []
+    bench.now += ORIGIN_SETTLES_S
+    assert bench.tick() == [t.Resolve(A.ref)]
+    bench.happen(t.Resolved(newer))
+    assert bench.tick() == [t.Fetch(newer, background=True)]
+
+
+def test_a_lease_that_waits_to_be_resolved_is_not_told_of_a_change_that_it_never_met() -> None:
+    bench = Bench()
+    bench.state.resolve_slots = 1
+    bench.fetching(A, ClaimKind.PIN)
+    bench.claim(B)
+    assert bench.tick() == [t.Resolve(B.ref)]
+    bench.claim(A)
+    assert bench.tick() == []
+    bench.happen(t.FetchFailed(A.key, CHANGED))
+    assert bench.tick() == []
+    bench.happen(t.Resolved(B))
+    assert t.Resolve(A.ref) in bench.tick()
 
 
 # --- devices --------------------------------------------------------------------------------
@@ -557,6 +598,17 @@ def test_a_standby_that_tells_again_does_not_disturb_what_is_under_way() -> None
     assert bench.tick() == [t.Load(HOST, ID[D.ref])]
     bench.standby()
     assert bench.tick() == []
+
+
+def test_an_answer_that_comes_after_its_standby_went_changes_nothing() -> None:
+    bench = Bench()
+    bench.recover(A, claims=(held_claim("lease", A, HOST),))
+    bench.standby()
+    assert bench.tick() == [t.Load(HOST, ID[A.ref])]
+    bench.happen(t.StandbyGone(HOST))
+    bench.standby(A)
+    bench.happen(t.LoadFailed(HOST, ID[A.ref], TEMPORARY), t.Released(HOST, ID[A.ref]))
+    assert bench.state.is_resident(HOST, ID[A.ref]) and bench.tick() == []
 
 
 def test_residents_that_are_not_on_disk_are_released() -> None:
@@ -662,6 +714,33 @@ def test_corrupt_content_is_withdrawn_at_once_and_fetched_anew() -> None:
     bench.fetched(A)
     assert A.ref not in bench.state.withdrawn
     assert bench.tick() == [t.Grant(lease), t.Load(HOST, ID[A.ref])]
+
+
+def test_a_replica_that_runs_on_corrupt_content_keeps_its_lease_and_causes_no_fetch() -> None:
+    bench = Bench()
+    lease = held_claim("lease", A, HOST)
+    bench.recover(A, claims=(lease,))
+    bench.standby(A)
+    bench.happen(t.Corrupt(digest("a"), "bad"))
+    bench.tick()
+    bench.happen(t.Quarantined((ID[A.ref],), ()), t.Released(HOST, ID[A.ref]))
+    assert bench.tick() == []
+    assert bench.state.claims == {lease.id: lease}
+
+
+def test_what_is_committed_just_before_a_quarantine_takes_it_along_is_fetched_again() -> None:
+    bench = Bench()
+    both = make_revision("both", "ac")
+    bench.recover(A)
+    lease = bench.fetching(both)
+    bench.happen(t.Corrupt(digest("a"), "bad"))
+    bench.tick()
+    bench.fetched(both)
+    assert bench.tick() == [t.Grant(lease)]
+    bench.claim(both, ClaimKind.PIN)
+    bench.happen(t.Quarantined((ID[A.ref], artifact_of(both).id), ()))
+    assert bench.state.disk.ledger.used_bytes == 0
+    assert bench.tick() == [t.Resolve(both.ref)]
 
 
 def test_a_pin_whose_load_found_the_corruption_is_loaded_again_after_the_new_fetch() -> None:

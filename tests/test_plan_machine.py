@@ -1,4 +1,4 @@
-"""The planner in a simulated node where anything may happen in any order; see plan_world for what must hold."""
+"""The planner in a simulated node where anything may happen in any order; plan_world says what must hold."""
 
 from __future__ import annotations
 
@@ -123,7 +123,9 @@ class Node(RuleBasedStateMachine):
     @precondition(lambda self: self.world.state.artifacts)
     @rule(index=indices, content=indices)
     def rot(self, index: int, content: int) -> None:
-        artifacts = [a for a in self.world.state.artifacts.values() if self.world.state.is_verified(a.artifact.id)]
+        artifacts = [
+            a for a in self.world.state.artifacts.values() if self.world.state.is_verified(a.artifact.id)
+        ]
         if artifacts:
             blobs = artifacts[index % len(artifacts)].artifact.blobs
             self.world.rot(blobs[content % len(blobs)][0])
@@ -164,7 +166,7 @@ class Node(RuleBasedStateMachine):
 
 TestNode = Node.TestCase
 TestNode.settings = settings(
-    max_examples=int(EXAMPLES or 100),
+    max_examples=int(EXAMPLES or 500),
     stateful_step_count=50,
     derandomize=EXAMPLES is None,
     database=None,

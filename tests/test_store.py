@@ -290,6 +290,15 @@ def test_a_discarded_transfer_leaves_nothing(home: Home) -> None:
     assert home.blobs() == set() and home.fs.list_dir(home.at.ingest) == []
 
 
+def test_a_discarded_transfer_leaves_nothing_of_what_nobody_attested(home: Home) -> None:
+    bare = SmallModel("bare", {"a": b"found out", "b": b"never came"}, attested=False)
+    plan = home.store.begin_fetch(bare.revision, 100.0)
+    home.store.commit_blob(bare.revision.key, 0, deliver(home.fs, plan.directory, 0, bare.contents[0]))
+    assert home.blobs() == {sha256(bare.contents[0])}
+    home.store.discard(bare.revision.key, ())
+    assert home.blobs() == set() and home.fs.list_dir(home.at.ingest) == []
+
+
 def test_quarantine_takes_every_owner_down_and_keeps_the_rest(home: Home) -> None:
     home.fetch(A)
     home.fetch(B)

@@ -84,7 +84,7 @@ def _wrong_about(reading: _Reading, path: Path, digest: Digest, size_bytes: int)
         if error.errno not in _BAD_CONTENT:
             raise world_error(error, path) from error
         return f"{path} cannot be read: {error.strerror}"
-    return None if found == digest else f"{path} has the sha256 {found}"
+    return None if found == digest else f"{path} has the sha256 {found} and should have {digest}"
 
 
 def _open_uncached(path: Path) -> int:

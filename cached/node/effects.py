@@ -14,7 +14,7 @@ from typing import assert_never
 
 import structlog
 
-from cached.fetch import FetchJob, FetchPool
+from cached.fetch import FetchJob, FetchPool, Mismatch
 from cached.metrics import Metrics, Outcome
 from cached.model import (
     DISK,
@@ -27,12 +27,14 @@ from cached.model import (
     Device,
     Digest,
     ErrorKind,
+    Manifest,
     Note,
     Phase,
     Problem,
     Ref,
     Revision,
     RevisionKey,
+    temporary,
 )
 from cached.node.core import Core
 from cached.node.disk import Disk
@@ -76,8 +78,7 @@ class Effects:
                 task = self.core.spawn(self._fetch(revision, background), f"fetch {revision.ref}")
                 self._fetches[revision.key] = task
             case t.StopFetch(key):
-                if key not in self._committing:
-                    self._fetches[key].cancel()
+                self._stop_fetch(key)
             case t.Discard(key, drop):
                 self.core.spawn(self._discard(key, drop), f"discard {key}")
             case t.Evict(artifact, drop, why):
@@ -104,6 +105,14 @@ class Effects:
             case _:
                 assert_never(action)
 
+    def _stop_fetch(self, key: RevisionKey) -> None:
+        if key not in self.fetching:
+            # A task that is cancelled before its first step never runs, and would never say that it ended.
+            self._fetches.pop(key).cancel()
+            self.core.post(t.FetchStopped(key))
+        elif key not in self._committing:
+            self._fetches[key].cancel()
+
     def _tell(self, problem: Problem, **ids: str) -> None:
         self._metrics.problem(problem.reason)
         log.warning(problem.message, reason=problem.reason, hint=problem.hint, **ids)
@@ -122,8 +131,14 @@ class Effects:
         known = self.core.state.proven.get(revision.key)
         self.core.post(t.Resolved(revision))
         if known is not None:
-            note = Note(ref, revision.key, known, revision.attested, time.time())
+            await self._note(Note(ref, revision.key, known, revision.attested, time.time()))
+
+    async def _note(self, note: Note) -> None:
+        """Write down what a ref resolved to. No promise: where that fails, the origin is asked again."""
+        try:
             await self._disk.call(self._store.put_note, note)
+        except CachedError as error:
+            self._tell(error.problem, ref=note.ref)
 
     async def _fetch(self, revision: Revision, background: bool) -> None:
         key, began = revision.key, time.monotonic()
@@ -208,7 +223,8 @@ class Effects:
             self._store.quarantine, action.artifacts, action.digest, action.reason, time.time()
         )
         self._metrics.quarantined()
-        self.core.post(t.Quarantined(action.artifacts, down.leftovers))
+        # All that went with the content, also what was committed since it was planned.
+        self.core.post(t.Quarantined(down.artifacts, down.leftovers))
 
     # --- devices ----------------------------------------------------------------------------
 
@@ -218,7 +234,7 @@ class Effects:
         meter = self.loading[spot] = Meter(Phase.LOADING, size_bytes, began)
         outcome: Outcome = "failed"
         try:
-            standby = self.standbys[device]
+            standby = self._standby(device)
             resident = await standby.load(artifact, lambda done, _: meter.update(done, time.monotonic()))
             await standby.descriptors(artifact)
             outcome = "done"
@@ -229,7 +245,7 @@ class Effects:
             outcome = "failed" if error.problem.temporary else "refused"
             self._tell(error.problem, artifact=artifact, device=device)
             if error.problem.kind is ErrorKind.DATA_LOSS:
-                await self.prove(artifact, lambda _: None)
+                await self._prove_suspect(artifact)
             self.core.post(t.LoadFailed(device, artifact, error.problem))
         except asyncio.CancelledError:
             outcome = "cancelled"
@@ -238,6 +254,21 @@ class Effects:
             self.loading.pop(spot)
             self._loads.pop(spot, None)
             self._metrics.load_ended(device, outcome)
+
+    async def _prove_suspect(self, artifact: ArtifactId) -> None:
+        """See whether the disk is wrong too. A proof that breaks off says nothing."""
+        try:
+            await self.prove(artifact, lambda _: None)
+        except CachedError as error:
+            self._tell(error.problem, artifact=artifact)
+
+    def _standby(self, device: Device) -> Standby:
+        """Raises CachedError where it went away after the load was planned, which the planner learns next."""
+        standby = self.standbys.get(device)
+        if standby is None:
+            hint = "see that the preloader runs with the same run directory"
+            raise temporary("STANDBY_GONE", f"the standby for {device} is gone", hint, BUSY_PAUSE_S)
+        return standby
 
     async def stop_loads(self, device: Device) -> None:
         """A standby is gone: what it was loading is too."""
@@ -248,10 +279,11 @@ class Effects:
 
     async def _release(self, device: Device, artifact: ArtifactId, why: str) -> None:
         log.info("releasing", artifact=artifact, device=device, why=why)
+        standby = self.standbys.get(device)
         for _ in range(RELEASE_TRIES):
-            standby = self.standbys.get(device)
-            if standby is None:
-                return  # its end was an event, and took every residency along
+            if standby is None or self.standbys.get(device) is not standby:
+                # Its end was an event, and took every residency along; a successor's are not meant.
+                return
             try:
                 await standby.release(artifact)
                 standby.forget(artifact)
@@ -286,18 +318,35 @@ class Effects:
     # --- proving ----------------------------------------------------------------------------
 
     async def prove(self, artifact: ArtifactId, on_progress: Callable[[int], None]) -> str | None:
-        """Read every byte of an artifact again. Returns what differed; that is an event as well."""
-        manifest = await self._disk.call(self._store.manifest, artifact)
-        # Through the tree: what is read is what a replica would open.
-        tree = self._store.tree_path(artifact)
-        once = {f.blob.sha256: f for f in manifest.files}.values()
-        files = tuple((str(tree / f.path), f.blob.sha256, f.blob.size_bytes) for f in once)
-        wrong = await self._pool.verify(files, on_progress)
+        """Read every byte of an artifact again. Returns what differed; that is an event as well.
+
+        None too for what is taken down meanwhile: a file that is missing for that reason is not corrupt.
+        """
+        try:
+            manifest = await self._disk.call(self._store.manifest, artifact)
+            wrong = await self._wrong_in(manifest, on_progress)
+        except CachedError:
+            if self.core.state.is_verified(artifact):
+                raise
+            return None
+        if not self.core.state.is_verified(artifact):
+            return None
         names = {f.blob.sha256: f.path for f in manifest.files}
         for mismatch in wrong:
             reason = f"{names[mismatch.digest]} of {manifest.ref}: {mismatch.reason}"
             self.core.post(t.Corrupt(mismatch.digest, reason))
         return "; ".join(f"{names[m.digest]}: {m.reason}" for m in wrong) or None
+
+    async def _wrong_in(self, manifest: Manifest, on_progress: Callable[[int], None]) -> tuple[Mismatch, ...]:
+        """What differs, twice: it may have been evicted and fetched again while it was read."""
+        # Through the tree: what is read is what a replica would open.
+        tree = self._store.tree_path(manifest.id)
+        once = {f.blob.sha256: f for f in manifest.files}
+        files = {d: (str(tree / f.path), d, f.blob.size_bytes) for d, f in once.items()}
+        wrong = await self._pool.verify(tuple(files.values()), on_progress)
+        if wrong:
+            wrong = await self._pool.verify(tuple(files[m.digest] for m in wrong), lambda _: None)
+        return wrong
 
 
 def refresh_claim(ref: Ref, device: Device) -> Claim:

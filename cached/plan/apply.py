@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from cached.model import (
+    ORIGIN_CHANGED,
     Artifact,
     ArtifactId,
     Claim,
@@ -31,6 +32,7 @@ from cached.plan.state import Place, Proven, Spot, State, transfer_items
 
 FIRST_BACKOFF_S = 1.0
 LAST_BACKOFF_S = 300.0
+ORIGIN_SETTLES_S = 30.0
 
 
 def backoff_s(rounds: int) -> float:
@@ -275,6 +277,21 @@ def _fetch_failed(state: State, key: RevisionKey, problem: Problem, now: float) 
     rounds = transfer.rounds + 1
     step, retry_at = _after_failure(problem, rounds, now)
     state.put_transfer(replace(transfer, step=step, rounds=rounds, retry_at=retry_at, problem=problem))
+    if problem.reason == ORIGIN_CHANGED:
+        _resolve_pins_anew(state, transfer.revision, problem, now)
+
+
+def _resolve_pins_anew(state: State, revision: Revision, problem: Problem, now: float) -> None:
+    """The revision can never be had again: pins want what the origin has now, once it has settled."""
+    waiting = [state.claims[claim_id] for claim_id in state.unfetched.claims(revision.key)]
+    pins = [claim for claim in waiting if claim.kind is ClaimKind.PIN]
+    # Whoever asks already has not met this change: the pins join them.
+    asked = revision.ref in state.unresolved or revision.ref in state.resolutions
+    for pin in pins:
+        state.refile(pin.id, revision=None, fresh=True)
+    if pins and not asked:
+        later = replace(problem, retry_after_s=ORIGIN_SETTLES_S)
+        state.resolutions[revision.ref] = t.Resolution(t.Step.FAILED, 1, now + ORIGIN_SETTLES_S, later)
 
 
 def _idle(state: State, key: RevisionKey) -> None:
@@ -299,7 +316,8 @@ def _take_down(state: State, artifact_id: ArtifactId, step: t.DiskStep) -> list[
 
 def _evicted(state: State, artifact_id: ArtifactId) -> None:
     # Counted until here: its room is there only once it is gone.
-    state.disk.ledger.remove(state.artifacts.pop(artifact_id).artifact.blobs)
+    proven = state.artifacts.pop(artifact_id, None)
+    state.disk.ledger.remove(proven.artifact.blobs if proven else ())
     _retry_loads(state, artifact_id)
 
 
@@ -317,9 +335,11 @@ def _withdraw(state: State, action: t.Quarantine) -> None:
 
 def _quarantined(state: State, artifacts: tuple[ArtifactId, ...], leftovers: tuple[Revision, ...]) -> None:
     for artifact_id in artifacts:
+        if state.is_verified(artifact_id):
+            # It was committed while the content was being put away, and went with it.
+            _take_down(state, artifact_id, t.DiskStep.QUARANTINING)
         # Counted until here: its good contents may stay as leftovers, and never without being counted.
-        state.disk.ledger.remove(state.artifacts.pop(artifact_id).artifact.blobs)
-        _retry_loads(state, artifact_id)
+        _evicted(state, artifact_id)
         for claim_id in list(state.claimed.get(artifact_id, ())):
             if claim_id not in state.answered:
                 state.refile(claim_id, revision=None, artifact=None, fresh=True)
@@ -443,7 +463,7 @@ def _started(state: State, action: t.Action, now: float) -> None:
         case t.StopFetch(key):
             state.put_transfer(replace(state.transfers[key], step=t.Step.STOPPING))
         case t.Discard(key):
-            state.put_transfer(replace(state.transfers[key], step=t.Step.DISCARDING))
+            state.put_transfer(replace(state.transfers[key], step=t.Step.DISCARDING, problem=None))
         case t.Evict(artifact):
             _take_down(state, artifact, t.DiskStep.EVICTING)
         case t.Quarantine(_, digest):

@@ -244,7 +244,13 @@ class _Draft:
             if transfer.reserved and not self._wanted(key):
                 self._discard(key, transfer)
                 return
-        idle = (a for a in self.state.artifacts if not self._claimed(a) and self.state.is_verified(a))
+        claimed = self.state.claimed
+        idle = (
+            artifact_id
+            for artifact_id, proven in self.state.artifacts.items()
+            if proven.step is t.DiskStep.VERIFIED
+            and not (artifact_id in claimed and self._claimed(artifact_id))
+        )
         coldest = min(idle, key=self._last_used, default=None)
         if coldest is not None:
             self._take_down(coldest, why)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cached.model import (
     MAX_FILES,
+    ORIGIN_CHANGED,
     CachedError,
     Digest,
     ErrorKind,
@@ -169,7 +170,7 @@ def _version(found: os.stat_result) -> str:
 def _changed(path: Path, what: str) -> CachedError:
     return permanent(
         ErrorKind.FAILED,
-        "ORIGIN_CHANGED",
+        ORIGIN_CHANGED,
         f"{path} was changed after it was listed: {what}",
         "ask again, and it is listed anew; better, write each version into a folder of its own",
     )

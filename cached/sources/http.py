@@ -20,6 +20,7 @@ from urllib3.exceptions import HTTPError, InvalidHeader, LocationParseError, Max
 from urllib3.response import BaseHTTPResponse
 
 from cached.model import (
+    ORIGIN_CHANGED,
     CachedError,
     Digest,
     ErrorKind,
@@ -206,7 +207,7 @@ class HttpReader:
         if found and self._spec.version and found != self._spec.version:
             raise permanent(
                 ErrorKind.FAILED,
-                "ORIGIN_CHANGED",
+                ORIGIN_CHANGED,
                 f"{self._url} was changed after it was listed: it was {self._spec.version}, and is {found}",
                 "ask again, and it is listed anew; better, write each version into a folder of its own",
             )

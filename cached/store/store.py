@@ -211,12 +211,24 @@ class Store:
         return Artifact(manifest.id, tuple((b.sha256, b.size_bytes) for b in blobs), now)
 
     def discard(self, key: RevisionKey, drop: tuple[Digest, ...]) -> None:
-        """Remove what a transfer left, and these blobs unless an artifact has them by now.
+        """Remove what a transfer left, and these blobs unless an artifact has them by now; also those that it
+        committed of files whose digests nobody knew beforehand, which ``drop`` cannot name.
 
         Raises CachedError ``INGEST_BUSY`` (temporary) while a worker still writes.
         """
+        found = self._found(key)
         self._shelf.remove_transfer(key)
-        self._drop(drop)
+        self._drop((*drop, *found))
+
+    def _found(self, key: RevisionKey) -> tuple[Digest, ...]:
+        """The digests that a transfer found out for files that nobody attested."""
+        record = self._at.revision(key)
+        revision = decode(self._fs.read_file(record), Revision) if self._fs.size_bytes(record) else None
+        if revision is None:
+            return ()
+        bare = [index for index, spec in enumerate(revision.files) if spec.sha256 is None]
+        found = (self._shelf.journal(key, index).done for index in bare)
+        return tuple(digest for digest in found if digest is not None)
 
     # --- artifacts --------------------------------------------------------------------------
 

@@ -317,19 +317,30 @@ def check_store(node: NodeKit) -> None:
 
 
 def check_data_dir(data_dir: Path) -> None:
-    """Every blob is what its name says, every tree is an artifact's and made of blobs, no artifact lacks one."""
-    blobs = {path.name: path for path in (data_dir / "blobs").rglob("*") if path.is_file()}
-    assert {name: sha256(path) for name, path in blobs.items()} == {name: name for name in blobs}
-    artifacts = {path.stem: json.loads(path.read_text()) for path in (data_dir / "artifacts").glob("*.json")}
+    """At rest: every blob is what its name says; every tree is an artifact's, whole, and made of blobs."""
+    blobs, artifacts = check_blobs(data_dir)
     trees = {path.name: path for path in (data_dir / "trees").iterdir()}
     assert set(trees) == set(artifacts)
-    for name, manifest in artifacts.items():
-        expected = {file["path"]: file["blob"]["sha256"] for file in manifest["files"]}
-        assert set(expected.values()) <= set(blobs)
+    for name, expected in artifacts.items():
         files = [path for path in trees[name].rglob("*") if not path.is_dir()]
         assert {str(path.relative_to(trees[name])) for path in files} == set(expected)
         for path in files:
             assert path.samefile(blobs[expected[str(path.relative_to(trees[name]))]])
+
+
+def check_blobs(data_dir: Path) -> tuple[dict[str, Path], dict[str, dict[str, str]]]:
+    """What holds at any instant of a death: every blob is what its name says, and no artifact lacks one.
+
+    Returns the blobs by digest, and each artifact's digests by path.
+    """
+    blobs = {path.name: path for path in (data_dir / "blobs").rglob("*") if path.is_file()}
+    assert {name: sha256(path) for name, path in blobs.items()} == {name: name for name in blobs}
+    artifacts = {}
+    for path in (data_dir / "artifacts").glob("[!.]*.json"):
+        files = json.loads(path.read_text())["files"]
+        artifacts[path.stem] = {file["path"]: file["blob"]["sha256"] for file in files}
+        assert set(artifacts[path.stem].values()) <= set(blobs)
+    return blobs, artifacts
 
 
 HOLD = """

@@ -1,4 +1,4 @@
-"""SIGKILL of everything, at several moments of a transfer and of a load: what is held goes on, the rest recovers.
+"""SIGKILL of everything, at several moments: what is held goes on, and the rest recovers without help.
 
 In every case a replica holds tensors of another model in memory and reads them all again after the death,
 and another replica waits for the model that is on its way: it gets it, whoever died meanwhile.
@@ -10,12 +10,15 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from kit import (
+    BIN,
     NodeKit,
     check_store,
     eventually,
@@ -35,8 +38,8 @@ CHUNK_BYTES = 16 * MIB
 CONNECTIONS = 2
 BIG_BYTES = 56 * MIB
 """Three chunks and a half: with two connections, a death always finds some finished and some not."""
-SLOW_BYTES_PER_S = 40e6
-LOADED_BYTES = 256 * MIB
+SLOW_BYTES_PER_S = 60e6
+LOADED_BYTES = 128 * MIB
 MOMENTS = {"started": 0.0, "middle": 0.5, "end": 0.93}
 LOADS_DONE = 'cached_loads_total{device="host",outcome="done"}'
 
@@ -64,7 +67,7 @@ for _ in sys.stdin:
 """
 
 IMPATIENT = """
-import sys, time, cached
+import sys, cached
 try:
     cached.acquire(sys.argv[1], timeout_s=float(sys.argv[2]))
 except cached.CachedError as error:
@@ -190,7 +193,6 @@ class Death:
     def is_mended(self) -> None:
         """What died is there again, once; what did not die is the same process as before."""
         if self._who == "daemon":
-            assert self._node.ctl("status", code=6).stderr
             _serve(self._node)
         eventually(lambda: self._new(_standbys(self._node), self._standbys, "standby", "parent"))
         eventually(lambda: self._new(_parents(self._node), self._parents, "parent"))
@@ -203,7 +205,7 @@ class Death:
 
     @property
     def expected_loads(self) -> int:
-        """What the daemon has to count once one model more stands: it, and anew what was lost with a standby."""
+        """What the daemon has to count once one model more stands: it, and what was lost with a standby."""
         match self._who:
             case "daemon":
                 return 1
@@ -352,10 +354,11 @@ def test_a_load_goes_on(
     node: NodeKit, held: Replica, held_ref: str, large: tuple[str, Path], who: str, moment: str
 ) -> None:
     ref, folder = large
-    # A standby that was just started has nothing but what is claimed.
+    # A standby that was just started has nothing but what is claimed. (A new parent starts it without delay.)
     if "host" in node.model(ref).devices:
-        Death(node, "standby").is_mended()
+        Death(node, "parent").is_mended()
         eventually(lambda: list(node.model(held_ref).devices) == ["disk", "host"])
+        assert list(node.model(ref).devices) == ["disk"]
     _drop_cache(node)
     (standby,) = _standbys(node)
     before = _locked_bytes(standby)
@@ -373,5 +376,164 @@ def test_a_load_goes_on(
 
 
 def _possible_loads(death: Death, who: str) -> set[int]:
-    """A load that ended just before the death is not done again where its standby lived on."""
-    return {0, death.expected_loads} if who == "daemon" else {death.expected_loads}
+    """A load that ended just before the death is done anew where its memory died, and only there."""
+    once = death.expected_loads
+    return {0, once} if who == "daemon" else {once, once + 1}
+
+
+# --- ends that are asked for ------------------------------------------------------------------
+
+
+def test_who_waits_for_a_daemon_that_does_not_come_back_is_told_so(
+    cold_node: NodeKit, origin: Origin, tmp_path: Path
+) -> None:
+    node = cold_node
+    folder = origin.root / "nobody"
+    write_model(folder, BIG_BYTES, seed=3)
+    node.serve(with_preloader=False)
+    waiting = node.replica(IMPATIENT, f"{origin.url}nobody/", "4")
+    eventually(lambda: origin.sent["nobody/model.safetensors"] > 0)
+    began = time.monotonic()
+    node.kill_daemon()
+    assert str(node.run_dir) in node.ctl("status", code=6).stderr
+    words = said(waiting)
+    assert time.monotonic() - began < 6
+    assert words.startswith("6 ") and str(node.run_dir) in words and "hint:" in words
+
+
+def test_sigterm_parks_and_the_next_start_goes_on(cold_node: NodeKit, origin: Origin, tmp_path: Path) -> None:
+    node = cold_node
+    node.start_preloader("--same-group")
+    node.serve(with_preloader=False)
+    write_model(tmp_path / "held", MIB, seed=4)
+    held_ref = f"file://{tmp_path}/held/"
+    held = _waiter(node, held_ref, tmp_path / "held")
+    held.holds()
+    folder = origin.root / "parked"
+    write_model(folder, BIG_BYTES, seed=5)
+    ref = f"{origin.url}parked/"
+    node.ctl("pin", ref)
+    waiting = _waiter(node, ref, folder, "disk")
+    journey = Journey(node, origin, folder)
+    eventually(lambda: journey.share_sent > 0.3)
+    workers, standbys = _workers(node), _standbys(node)
+
+    began = time.monotonic()
+    assert node.stop_daemon() == 0
+    assert time.monotonic() - began < 10
+    assert workers and all(is_gone(pid) for pid in workers)
+    assert _standbys(node) == standbys
+    assert len(list((node.run_dir / "leases").iterdir())) == 1
+    assert len(list((node.data_dir / "claims").iterdir())) == 1
+    missing, before = journey.missing(), journey.sent
+    held.reads_all()
+
+    origin.rate.bytes_per_s = None
+    node.serve(with_preloader=False)
+    waiting.holds()
+    waiting.reads_all()
+    assert {path: journey.sent[path] - before[path] for path in missing} == missing
+    assert [claim.kind for claim in node.model(held_ref).claims] == ["lease"]
+    assert "pin" in [claim.kind for claim in node.model(ref).claims]
+    eventually(lambda: list(node.model(held_ref).devices) == ["disk", "host"])
+    assert _loads(node) == 0 and _standbys(node) == standbys
+    check_store(node)
+
+
+def _serve_in_a_group(node: NodeKit) -> None:
+    """As from a terminal: what is started belongs to the daemon's process group, unless it leaves it."""
+    command = [str(BIN / "cached"), "serve", "--data-dir", str(node.data_dir), "--run-dir", str(node.run_dir)]
+    command += ["--http", f"127.0.0.1:{node.http_port}", "--with-preloader"]
+    with (node.root / "daemon.log").open("ab") as log:
+        node.daemon = subprocess.Popen(
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+
+
+def _nothing_runs(node: NodeKit) -> bool:
+    return not node.processes(str(node.run_dir))
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "Ctrl-C", "SIGTERM after kill -9"])
+def test_with_preloader_nothing_is_left_running(cold_node: NodeKit, origin: Origin, how: str) -> None:
+    node = cold_node
+    write_model(origin.root / "left", BIG_BYTES, seed=6)
+    _serve_in_a_group(node)
+    eventually(node.is_ready)
+    eventually(lambda: _standbys(node))
+    if how == "SIGTERM after kill -9":
+        (parent,) = _parents(node)
+        node.kill_daemon()
+        _serve_in_a_group(node)
+        eventually(node.is_ready)
+        assert _parents(node) == [parent]
+    node.ctl("pin", f"{origin.url}left/", "--on", "host")
+    eventually(lambda: origin.sent["left/model.safetensors"] > 0)
+    everything = [*_workers(node), *_standbys(node), *_parents(node)]
+    assert len(everything) >= 3 and node.daemon is not None
+
+    if how == "Ctrl-C":
+        os.killpg(node.daemon.pid, signal.SIGINT)
+    else:
+        node.daemon.terminate()
+    assert node.daemon.wait(10) == 0
+    assert all(is_gone(pid) for pid in everything) and _nothing_runs(node)
+
+
+def test_a_stop_at_any_moment_of_the_start_leaves_nothing_running(cold_node: NodeKit) -> None:
+    node = cold_node
+    for tenths in range(1, 12, 2):
+        _serve_in_a_group(node)
+        assert node.daemon is not None
+        time.sleep(tenths / 10)
+        node.daemon.terminate()
+        # Before its first line of Python has run, a signal ends it by itself.
+        assert node.daemon.wait(10) in (0, -signal.SIGTERM)
+        time.sleep(0.2)
+        assert _nothing_runs(node), f"after {tenths / 10} s"
+
+
+# --- the preloader comes and goes by itself ---------------------------------------------------
+
+
+def test_a_preloader_that_is_there_long_before_the_daemon(cold_node: NodeKit, tmp_path: Path) -> None:
+    node = cold_node
+    write_model(tmp_path / "m", MIB)
+    node.start_preloader("--same-group")
+    eventually(lambda: (node.run_dir / "standby" / "host.sock").exists())
+    standbys = _standbys(node)
+    time.sleep(2)
+    node.serve(with_preloader=False)
+    node.ctl("pin", f"file://{tmp_path}/m/", "--on", "host", "--wait")
+    assert _standbys(node) == standbys
+
+
+def test_a_preloader_that_comes_long_after_the_daemon(cold_node: NodeKit, tmp_path: Path) -> None:
+    node = cold_node
+    write_model(tmp_path / "m", MIB)
+    ref = f"file://{tmp_path}/m/"
+    node.serve(with_preloader=False)
+    node.ctl("pin", ref, "--on", "host")
+    eventually(lambda: list(node.model(ref).devices) == ["disk"])
+    time.sleep(2)
+    assert list(node.model(ref).devices) == ["disk"]
+    node.start_preloader("--same-group")
+    eventually(lambda: list(node.model(ref).devices) == ["disk", "host"])
+    # With a preloader of its own, a daemon that comes later takes this one too.
+    (parent,) = node.processes("preloader serve")
+    node.stop_daemon()
+    node.serve(with_preloader=True)
+    eventually(lambda: list(node.model(ref).devices) == ["disk", "host"])
+    assert _loads(node) == 0 and node.processes("preloader serve") == [parent]
+
+
+# --- at random ----------------------------------------------------------------------------------
+
+
+def test_a_short_soak() -> None:
+    """The same chance each time; ``python -m benchmarks.soak`` goes on for as long as one likes."""
+    command = [sys.executable, "-m", "benchmarks.soak", "--seconds", "8", "--seed", "1"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all held" in done.stdout

@@ -1,7 +1,8 @@
-"""Pins are promises: they survive everything, and what they ask for is restored without being told. Exit codes."""
+"""Pins are promises: they survive everything, and what they ask for is restored untold. And exit codes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -62,7 +63,7 @@ def _health(node: NodeKit, ref: str) -> int:
 def test_pins_survive_restarts_and_are_restored_untold(
     cold_node: NodeKit, origin: Origin, tmp_path: Path
 ) -> None:
-    """On disk and on host; by SIGTERM, then by SIGKILL of everything; the origin is away from the first on."""
+    """On disk and on host; by SIGTERM, then by SIGKILL of everything; the origin is away then."""
     node = cold_node
     refs = {}
     for number, on in enumerate(("disk", "host")):
@@ -84,7 +85,8 @@ def test_pins_survive_restarts_and_are_restored_untold(
     pids = node.processes("preloader")
     node.kill_daemon()
     for pid in pids:
-        os.kill(pid, 9)
+        with contextlib.suppress(ProcessLookupError):  # a standby ends with its parent
+            os.kill(pid, 9)
     node.serve()
     eventually(lambda: _stands(node, refs["host"], "disk", "host"))
     for on, ref in refs.items():
@@ -291,7 +293,7 @@ def test_a_flipped_byte_is_found_quarantined_and_fetched_anew(
     shared: NodeKit, origin: Origin, tmp_path: Path, on: str
 ) -> None:
     node = shared
-    sums = write_model(tmp_path / "origin" / "m", seed=10)
+    sums = write_model(tmp_path / "origin" / "m", seed={"disk": 20, "host": 21}[on])
     ref = f"{origin.url}m/"
     node.ctl("pin", ref, "--on", on, "--wait")
     node.ctl("verify", ref)
@@ -303,7 +305,7 @@ def test_a_flipped_byte_is_found_quarantined_and_fetched_anew(
     blob = _flip(node, ref)
 
     # Held back, so that what stands between can be seen.
-    origin.faults["m/model.safetensors"] = Fault("stall", stall_s=60)
+    origin.faults["m/model.safetensors"] = Fault("stall", stall_s=4)
     found = node.ctl("verify", ref, code=4)
     told = " ".join((found.stdout + found.stderr).split())
     assert "model.safetensors" in told and blob.name in told and ref in told and "hint:" in told
@@ -320,7 +322,7 @@ def test_a_flipped_byte_is_found_quarantined_and_fetched_anew(
     assert replica.poll() is None
 
     origin.faults.clear()
-    # What was asked while it stalled runs into its timeout; the daemon itself tries again.
+    # What stalls is cut off, and asked for again.
     eventually(lambda: _stands(node, ref, *{"disk", on}), within_s=90)
     assert _health(node, ref) == 200
     assert {name: sha256(tree / name) for name in sums} == sums

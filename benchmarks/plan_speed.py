@@ -1,0 +1,185 @@
+"""How long one tick of the planner takes on a full node: ``python benchmarks/plan_speed.py``.
+
+Owns the workload and prints medians; asserts nothing. The aim is 1 ms a tick (its events worked in, plan,
+and the actions applied as started) at 10,000 artifacts and 1,000 answered leases. Ticks that evict walk
+all artifacts and are shown apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cached.model import (
+    DISK,
+    HOST,
+    Artifact,
+    Claim,
+    ClaimId,
+    ClaimKind,
+    Digest,
+    FileSpec,
+    Inventory,
+    Note,
+    Ref,
+    Resident,
+    Revision,
+    artifact_id,
+    revision_key,
+)
+from cached.plan import State, apply, plan
+from cached.plan import types as t
+
+AIM_MS = 1.0
+BLOBS = 4
+BLOB_BYTES = 4 * 10**9
+RESIDENTS = 20
+
+
+def make_revision(number: int) -> Revision:
+    """A model of four files, one of which it shares with nine others."""
+    names = [f"shared-{number // 10}", *(f"{number}-{i}" for i in range(BLOBS - 1))]
+    digests = [Digest(hashlib.sha256(name.encode()).hexdigest()) for name in names]
+    files = tuple(FileSpec(f"{i}.safetensors", BLOB_BYTES, d) for i, d in enumerate(digests))
+    ref = Ref(f"https://origin/{number}/")
+    return Revision(ref, revision_key(ref, files), files)
+
+
+def make_artifact(revision: Revision, at: float) -> Artifact:
+    files = [(f.path, f.size_bytes, f.sha256 or "") for f in revision.files]
+    return Artifact(artifact_id(files), tuple((Digest(d), size) for _, size, d in files), at)
+
+
+class Node:
+    """A full node: every artifact proven, leases answered on some of them, the disk full to the byte."""
+
+    def __init__(self, artifacts: int, leases: int) -> None:
+        self.state = State(fetch_slots=4)
+        self.now = 1e9
+        self.made = 0
+        self.revisions = [make_revision(i) for i in range(artifacts)]
+        self.artifacts = [make_artifact(r, i) for i, r in enumerate(self.revisions)]
+        notes = tuple(
+            Note(r.ref, r.key, a.id, True, self.now)
+            for r, a in zip(self.revisions, self.artifacts, strict=True)
+        )
+        self.happen(t.Recovered(tuple(self.artifacts), notes, (), ()))
+        self.happen(t.CapacitySet(DISK, self.state.disk.ledger.used_bytes))
+        self.connect()
+        for i in range(leases):
+            # The coldest are claimed, so that looking for a victim has to pass them.
+            self.claim(self.revisions[i % artifacts], ClaimKind.LEASE, HOST if i < RESIDENTS else DISK)
+        self.tick()
+        assert len(self.state.answered) == leases
+
+    def connect(self) -> None:
+        residents = tuple(Resident(a.id, a.size_bytes, True) for a in self.artifacts[:RESIDENTS])
+        limit_bytes = RESIDENTS * BLOBS * BLOB_BYTES
+        inventory = Inventory(HOST, 1, limit_bytes, True, "", True, residents)
+        self.happen(t.StandbySeen(inventory, limit_bytes))
+
+    def happen(self, event: t.Event) -> None:
+        apply(self.state, event, self.now)
+
+    def claim(self, revision: Revision, kind: ClaimKind, device: str = DISK) -> ClaimId:
+        self.made += 1
+        claim_id = ClaimId(str(self.made))
+        self.happen(
+            t.ClaimMade(Claim(claim_id, kind, revision.ref, HOST if device == HOST else DISK, self.now))
+        )
+        return claim_id
+
+    def tick(self) -> list[t.Action]:
+        actions = plan(self.state, self.now)
+        for action in actions:
+            self.happen(t.Started(action))
+        return actions
+
+
+def idle_tick(node: Node, round_: int) -> Callable[[], object]:
+    return node.tick
+
+
+def warm_acquire(node: Node, round_: int) -> Callable[[], object]:
+    """A lease comes, is granted from the note, and ends."""
+
+    def run() -> None:
+        lease = node.claim(node.revisions[round_ % len(node.revisions)], ClaimKind.LEASE)
+        node.tick()
+        node.happen(t.ClaimEnded(lease))
+
+    return run
+
+
+def cold_resolve(node: Node, round_: int) -> Callable[[], object]:
+    """A lease comes for what is not here and must be resolved."""
+
+    def run() -> None:
+        lease = node.claim(make_revision(10**6 + round_), ClaimKind.LEASE)
+        node.tick()
+        node.happen(t.ClaimEnded(lease))
+
+    return run
+
+
+def eviction(node: Node, round_: int) -> Callable[[], object]:
+    """A cold model needs room on the full disk: a walk over everything to find the coldest unclaimed one."""
+    revision = make_revision(2 * 10**6 + round_)
+    node.claim(revision, ClaimKind.PREFETCH)
+    node.tick()
+    node.happen(t.Resolved(revision))
+    return node.tick
+
+
+def after_eviction(node: Node) -> None:
+    """Let the eviction end, and give the new model's room up again."""
+    for artifact in [a for a, p in node.state.artifacts.items() if p.step is t.DiskStep.EVICTING]:
+        node.happen(t.Evicted(artifact))
+    for claim in [c.id for c in node.state.claims.values() if c.kind is ClaimKind.PREFETCH]:
+        node.happen(t.ClaimEnded(claim))
+    node.happen(t.CapacitySet(DISK, node.state.disk.ledger.used_bytes))
+
+
+def standby_tells(node: Node, round_: int) -> Callable[[], object]:
+    """The standby tells its residents again."""
+
+    def run() -> None:
+        node.connect()
+        node.tick()
+
+    return run
+
+
+def median_ms(node: Node, case: Callable[[Node, int], Callable[[], object]], rounds: int) -> float:
+    took_ms = []
+    for round_ in range(rounds):
+        run = case(node, round_)
+        began = time.perf_counter()
+        run()
+        took_ms.append((time.perf_counter() - began) * 1e3)
+        if case is eviction:
+            after_eviction(node)
+    return statistics.median(took_ms)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--artifacts", type=int, default=10_000)
+    parser.add_argument("--leases", type=int, default=1_000)
+    parser.add_argument("--rounds", type=int, default=200)
+    options = parser.parse_args()
+    node = Node(options.artifacts, options.leases)
+    print(f"{options.artifacts} artifacts, {options.leases} answered leases; the aim is {AIM_MS} ms a tick")
+    for case in (idle_tick, warm_acquire, cold_resolve, standby_tells, eviction):
+        print(f"{case.__name__.replace('_', ' '):<15} {median_ms(node, case, options.rounds):8.3f} ms")
+
+
+if __name__ == "__main__":
+    main()
