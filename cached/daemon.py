@@ -45,6 +45,9 @@ KEEP_PRELOADER_S = 1.0
 PRELOADER_STOP_S = 5.0
 OPEN_FILES = 65_536
 
+_EXIT_CODES = {ErrorKind.INVALID: 2, ErrorKind.NO_ROOM: 5, ErrorKind.DENIED: 7}
+"""As cachectl's, for the same kinds."""
+
 logger = structlog.get_logger("cached")
 
 
@@ -57,7 +60,7 @@ def main() -> None:
         asyncio.run(_serve(settings, arguments.http, arguments.grpc, arguments.with_preloader))
     except CachedError as error:
         print(f"error: {error.problem.message}\nhint: {error.problem.hint}", file=sys.stderr)
-        sys.exit(2 if error.problem.kind is ErrorKind.INVALID else 1)
+        sys.exit(_EXIT_CODES.get(error.problem.kind, 1))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception:

@@ -175,7 +175,7 @@ def test_a_data_directory_of_another_user_is_refused(tmp_path: Path, cold_node: 
     data_dir.mkdir(mode=0o700)
     cold_node.run_dir.chmod(0o777)
     as_nobody = [sys.executable, "-c", AS_NOBODY, *_serve(data_dir, cold_node.run_dir)[1:]]
-    words = _refused(*as_nobody, code=1)
+    words = _refused(*as_nobody, code=7)
     assert str(data_dir) in words and f"uid {NOBODY}" in words
 
 
