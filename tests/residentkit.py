@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import mmap
 import os
 import random
+import re
+import resource
 from pathlib import Path
 
 import msgspec
@@ -21,8 +25,13 @@ from cached.model import (
     RevisionKey,
     artifact_id,
 )
+from preloader.groups import PER_CPU_SLACK_BYTES, SLACK_BYTES, Groups
+from preloader.memory.host import HostMemory, lock_allowance
 
 MIB = 2**20
+PAGE_BYTES = mmap.PAGESIZE
+SLACK = SLACK_BYTES + (os.cpu_count() or 1) * PER_CPU_SLACK_BYTES
+"""How far the kernel's figures are taken to be off on this machine."""
 
 
 def content(size_bytes: int, seed: int = 0) -> bytes:
@@ -80,6 +89,16 @@ def locked_bytes(pid: int | str = "self") -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmLck:"))
 
 
+def may_lock(size_bytes: int) -> bool:
+    """Whether this process, or one that it starts, may lock that much: root may, others as far as their limit.
+
+    What a test locks in any case is at most 64 KiB, which Linux has always given to everybody.
+    """
+    lock_allowance()  # raises the limit as far as it goes, as a standby does
+    limit_bytes, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return _has_capability(14) or limit_bytes == resource.RLIM_INFINITY or size_bytes <= limit_bytes
+
+
 def disk_read_bytes(pid: int) -> int:
     """What a process has had read from disks."""
     lines = Path(f"/proc/{pid}/io").read_text().splitlines()
@@ -88,13 +107,52 @@ def disk_read_bytes(pid: int) -> int:
 
 def rounded(size_bytes: int) -> int:
     """To whole pages, as memory is locked."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    return -(-size_bytes // page) * page
+    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 def may_mount_read_only() -> bool:
     """Whether this process has what the store's read-only view takes; says nothing of whether it works."""
+    linux = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+    return _has_capability(21) and linux >= (5, 12)
+
+
+def _has_capability(number: int) -> bool:
     lines = Path("/proc/self/status").read_text().splitlines()
     effective = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff:"))
-    linux = tuple(int(part) for part in os.uname().release.split(".")[:2])
-    return bool(effective >> 21 & 1) and linux >= (5, 12)
+    return bool(effective >> number & 1)
+
+
+def resident_share(path: Path) -> float:
+    """The share of a file's pages that is in memory."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        with mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as area:
+            pages = (ctypes.c_ubyte * -(-size // PAGE_BYTES))()
+            address = ctypes.c_char.from_buffer(area)
+            assert libc.mincore(ctypes.byref(address), ctypes.c_size_t(size), pages) == 0
+            del address
+    return sum(page & 1 for page in pages) / len(pages)
+
+
+def drops_pages(folder: Path) -> bool:
+    """Whether the file system gives up a file's pages when asked to; one in memory (tmpfs) cannot."""
+    with (folder / "probe").open("w+b", buffering=0) as file:
+        file.write(bytes(MIB))
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return resident_share(folder / "probe") == 0
+
+
+def charged_elsewhere(folder: Path, limit: str = "max", **more: object) -> HostMemory:
+    """Memory that may lock, of a group whose figures tell that whatever is locked is charged elsewhere.
+
+    They fall by all that is put down to imprecision, so the first locked page is one too many.
+    """
+    folder.mkdir()
+    for name, text in (("memory.max", limit), ("memory.current", "0")):
+        (folder / name).write_text(text)
+    (folder / "memory.stat").write_text(f"unevictable {SLACK}\n")
+    memory = HostMemory(Groups((folder,), 2), None, **more)  # type: ignore[arg-type]
+    (folder / "memory.stat").write_text("unevictable 0\n")
+    return memory

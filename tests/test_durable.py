@@ -439,15 +439,17 @@ def test_complete_lines_drops_what_was_cut_off() -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "small"
-    place.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, check=False
-    )
-    if made.returncode != 0:
-        pytest.skip("a small file system needs the right to mount one")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    """A small file system in namespaces of a process's own, where everybody may mount one.
+
+    It is reached through that process, and goes with it.
+    """
+    script = 'mount -t tmpfs -o size=1m none "$1" && echo mounted && exec cat'
+    command = ["unshare", "-Urm", "sh", "-c", script, "sh", str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdin is not None and holder.stdout is not None
+        assert holder.stdout.readline() == b"mounted\n"
+        yield Path(f"/proc/{holder.pid}/root{tmp_path}")
+        holder.stdin.close()
 
 
 def test_a_full_disk_is_refused_before_the_first_byte(small_disk: Path) -> None:

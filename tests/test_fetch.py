@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import functools
 import hashlib
 import json
-import mmap
 import os
 import random
 import signal
@@ -22,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
+from residentkit import drops_pages, resident_share
 
 from benchmarks.origin import Fault, Origin
 from cached.config import TransferSettings
@@ -256,31 +255,12 @@ async def test_the_rate_is_kept(tmp_path: Path) -> None:
     await pool.close()
 
 
-async def test_a_background_fetch_leaves_little_in_the_page_cache(room: Room, big: bytes) -> None:
+async def test_a_background_fetch_leaves_little_in_the_page_cache(
+    room: Room, big: bytes, tmp_path: Path
+) -> None:
     revision = await room.resolve(room.put({"big.bin": big}))
     await room.fetch(revision, background=True)
-    part = room.part(revision, 0)
-    if file_system(part) == "tmpfs":
-        pytest.skip("this file system keeps its files in memory")
-    assert resident_share(part) < 0.5
-
-
-def file_system(path: Path) -> str:
-    asked = subprocess.run(["stat", "-f", "-c", "%T", str(path)], capture_output=True, text=True, check=True)
-    return asked.stdout.strip()
-
-
-def resident_share(path: Path) -> float:
-    """The share of a file's pages that is in memory."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        with mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as area:
-            pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
-            address = ctypes.c_char.from_buffer(area)
-            assert libc.mincore(ctypes.byref(address), ctypes.c_size_t(size), pages) == 0
-            del address
-    return sum(page & 1 for page in pages) / len(pages)
+    assert (resident_share(room.part(revision, 0)) < 0.5) is drops_pages(tmp_path)
 
 
 # --- origins that lie or fail ---------------------------------------------------------------

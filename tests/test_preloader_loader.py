@@ -11,26 +11,20 @@ import pytest
 from residentkit import (
     MIB,
     blob_path,
+    charged_elsewhere,
     content,
     locked_bytes,
     manifest_path,
+    may_lock,
     may_mount_read_only,
     put_artifact,
     rounded,
 )
 
 from cached.model import CHUNK_BYTES, CachedError, ErrorKind, Manifest, Resident
-from preloader.groups import PER_CPU_SLACK_BYTES, SLACK_BYTES, Groups, own_groups
+from preloader.groups import Groups, own_groups
 from preloader.loader import LoadCancelled, Loader
-from preloader.memory.host import HostMemory, lock_allowance
-
-ALLOWANCE, WHY_NOT = lock_allowance()
-can_lock = pytest.mark.skipif(
-    ALLOWANCE is not None, reason=WHY_NOT or "the limit on locked memory is too low"
-)
-protects = pytest.mark.skipif(
-    not may_mount_read_only(), reason="no right to make a read-only mount (CAP_SYS_ADMIN, Linux 5.12)"
-)
+from preloader.memory.host import HostMemory
 
 BIG = content(CHUNK_BYTES + MIB + 1, seed=1)
 SMALL = content(70_000, seed=2)
@@ -71,7 +65,7 @@ def unlocked(data_dir: Path) -> Loader:
     return Loader(data_dir, HostMemory(own_groups(), 0, "not allowed here"))
 
 
-each_kind = pytest.mark.parametrize("kind", [pytest.param(locking, marks=can_lock), unlocked])
+each_kind = pytest.mark.parametrize("kind", [locking, unlocked])
 
 
 @pytest.fixture
@@ -84,7 +78,8 @@ def test_a_load_makes_it_resident_and_repeating_it_is_harmless(
     kind: Callable[[Path], Loader], tmp_path: Path, manifest: Manifest
 ) -> None:
     loader, seen = kind(tmp_path), []
-    expected = Resident(manifest.id, len(BIG) + len(SMALL), kind is locking)
+    size_bytes = len(BIG) + len(SMALL)
+    expected = Resident(manifest.id, size_bytes, kind is locking and may_lock(size_bytes))
     found = loader.load(manifest.id, lambda done, total: seen.append((done, total)), threading.Event())
     assert found == expected and loader.residents() == (expected,)
     assert seen[-1] == (expected.size_bytes, expected.size_bytes)
@@ -110,17 +105,16 @@ def test_descriptors_come_in_the_manifests_order(
         loader.descriptors(manifest.id)
 
 
-@can_lock
 def test_a_shared_blob_is_locked_once_and_until_its_last_user_goes(tmp_path: Path) -> None:
     before = locked_bytes()
-    one = put_artifact(tmp_path, {"big": BIG, "a": SMALL})
-    two = put_artifact(tmp_path, {"big": BIG, "b": OTHER})
+    shared, first, second = b"s" * 17_000, b"1" * 9_000, b"2" * 5_000
+    one = put_artifact(tmp_path, {"shared": shared, "a": first})
+    two = put_artifact(tmp_path, {"shared": shared, "b": second})
     loader = locking(tmp_path)
-    load(loader, one)
-    load(loader, two)
-    assert locked_bytes() - before == rounded(len(BIG)) + rounded(len(SMALL)) + rounded(len(OTHER))
+    assert load(loader, one).locked and load(loader, two).locked
+    assert locked_bytes() - before == sum(rounded(len(data)) for data in (shared, first, second))
     loader.release(one.id)
-    assert locked_bytes() - before == rounded(len(BIG)) + rounded(len(OTHER))
+    assert locked_bytes() - before == rounded(len(shared)) + rounded(len(second))
     loader.release(two.id)
     assert locked_bytes() == before
 
@@ -147,6 +141,7 @@ def test_a_wrong_chunk_takes_no_sharer_along(kind: Callable[[Path], Loader], tmp
     flip(blob_path(tmp_path, bad.files[1].blob.sha256), 0)
     assert refused(loader, bad).problem.reason == "CHUNK_MISMATCH"
     close_all(loader.descriptors(good.id))
+    loader.release(good.id)
 
 
 def flip(path: Path, offset: int) -> None:
@@ -239,6 +234,7 @@ def test_a_cancelled_load_leaves_nothing(
         loader.load(manifest.id, lambda done, total: cancel.set(), cancel)
     assert loader.residents() == () and (locked_bytes(), open_files()) == before
     load(loader, manifest)
+    loader.release(manifest.id)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_read(tmp_path: Path, manifest: Manifest) -> None:
@@ -251,15 +247,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(tmp_path: Path, ma
     assert (problem.kind, problem.reason) == (ErrorKind.NO_ROOM, "EXCEEDS_MEMORY")
 
 
-@can_lock
 def test_pages_that_stay_charged_elsewhere_are_refused_after_a_second_try(tmp_path: Path) -> None:
-    group = tmp_path / "group"
-    group.mkdir()
-    for name, text in (("memory.max", "max"), ("memory.current", "0"), ("memory.stat", "unevictable 0\n")):
-        (group / name).write_text(text)
-    slack = SLACK_BYTES + (os.cpu_count() or 1) * PER_CPU_SLACK_BYTES
-    manifest = put_artifact(tmp_path, {"big": bytes(slack + MIB)})
-    loader = Loader(tmp_path, HostMemory(Groups((group,), 2), None))
+    manifest = put_artifact(tmp_path, {"a": bytes(9_000)})
+    loader = Loader(tmp_path, charged_elsewhere(tmp_path / "group"))
     assert refused(loader, manifest).problem.reason == "CHARGED_ELSEWHERE"
 
 
@@ -280,19 +270,27 @@ def test_changes_are_heard(tmp_path: Path, manifest: Manifest) -> None:
 # --- write protection -------------------------------------------------------------------------
 
 
-@protects
-def test_a_root_receiver_cannot_reopen_a_descriptor_for_writing(tmp_path: Path, manifest: Manifest) -> None:
+def test_no_receiver_can_reopen_a_descriptor_for_writing_where_that_is_said(
+    tmp_path: Path, manifest: Manifest
+) -> None:
     loader = unlocked(tmp_path)
     load(loader, manifest)
-    assert loader.write_protected()
+    assert loader.write_protected() is may_mount_read_only()
     path = blob_path(tmp_path, manifest.distinct_blobs()[0].sha256)
     path.chmod(0o666)
-    os.close(os.open(path, os.O_RDWR))  # the store's own mount would let it
+    os.close(os.open(path, os.O_RDWR))  # the store's own mount lets it
     (fd, *others) = loader.descriptors(manifest.id)
+    os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY))
+    if loader.write_protected():
+        _check_nothing_can_be_written(fd)
+    else:  # it was right to say so
+        os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDWR))
+    close_all((fd, *others))
+
+
+def _check_nothing_can_be_written(fd: int) -> None:
     for flags in (os.O_RDWR, os.O_WRONLY, os.O_RDWR | os.O_TRUNC):
         with pytest.raises(OSError, match="Read-only file system"):
             os.open(f"/proc/self/fd/{fd}", flags)
     with pytest.raises(OSError, match="Read-only file system"):
         os.fchmod(fd, 0o666)
-    os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY))
-    close_all((fd, *others))
