@@ -19,6 +19,7 @@ import urllib3
 from urllib3.exceptions import HTTPError, InvalidHeader, LocationParseError, MaxRetryError
 from urllib3.response import BaseHTTPResponse
 
+from cached.config import SourceSettings
 from cached.model import (
     CachedError,
     Digest,
@@ -31,6 +32,7 @@ from cached.model import (
     temporary,
 )
 from cached.sources import RangesIgnoredError
+from cached.sources.filters import select
 from cached.sources.sums import MAX_SUMS_BYTES, SUMS_NAME, parse_sums
 
 MAX_REDIRECTS = 5
@@ -54,7 +56,10 @@ _BUSY = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_R
 class HttpSource:
     """Thread-safe; connections are kept and shared by everything that is read through this."""
 
-    def __init__(self, connections: int, timeout_s: float) -> None:
+    def __init__(
+        self, settings: SourceSettings, connections: int, timeout_s: float, env: Mapping[str, str]
+    ) -> None:
+        self._settings = settings
         self._sizes_at_once = min(connections, MOST_SIZES_AT_ONCE)
         self._pool = urllib3.PoolManager(
             num_pools=MAX_HOSTS,
@@ -76,6 +81,8 @@ class HttpSource:
     def resolve(self, ref: Ref) -> Revision:
         """What SHA256SUMS lists, with sizes and ETags asked for each file."""
         sums = parse_sums(self._read_sums(ref + SUMS_NAME), ref + SUMS_NAME)
+        chosen = select(sums, self._settings, ref)
+        sums = {path: digest for path, digest in sums.items() if path in chosen}
         executor = ThreadPoolExecutor(self._sizes_at_once)
         try:
             files = tuple(executor.map(lambda entry: self._spec(ref, *entry), sums.items()))
