@@ -1,4 +1,4 @@
-"""Refs as people write them, which files of an origin are taken, secrets by reference, and the choice of a source."""
+"""Refs as people write them, which files are taken, secrets by reference, and the choice of a source."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class Origins:
                 return S3Source(settings, self._connections, self._timeout_s)
         from cached.sources.fsspec_source import FsspecSource
 
-        return FsspecSource(settings, self._connections, self._timeout_s)
+        return FsspecSource(settings, self._connections, self._timeout_s, self._env)
 
     def close(self) -> None:
         for _, source in self._made.values():
