@@ -78,7 +78,7 @@ class HttpClient:
             if not location:
                 return response
             _leave(response)
-            target = urllib.parse.urljoin(here, location)
+            target = led_to(here, location)
             _check_scheme(here, target)
             if not same_host(here, target):
                 headers = {k: v for k, v in headers.items() if k.lower() not in _PRIVATE_HEADERS}
@@ -150,6 +150,21 @@ class HttpClient:
 def final_url(response: BaseHTTPResponse) -> str:
     """Where an answer came from in the end."""
     return response.url or ""
+
+
+def led_to(here: str, location: str) -> str:
+    """The address that an answer from ``here`` names. Raises CachedError (``BAD_REDIRECT``)."""
+    try:
+        target = urllib.parse.urljoin(here, location)
+        urllib.parse.urlsplit(target).port  # noqa: B018 (raises for what is no port)
+    except ValueError as error:
+        raise permanent(
+            ErrorKind.FAILED,
+            "BAD_REDIRECT",
+            f"{here}: the server leads to {location[:200]!r}, which is no address: {error}",
+            "the server is broken: mend it, or name the address that it means",
+        ) from error
+    return target
 
 
 def same_host(one: str, other: str) -> bool:
@@ -267,7 +282,7 @@ def check_status(response: BaseHTTPResponse, url: str) -> None:
             ErrorKind.NOT_FOUND,
             "MISSING_FILE",
             f"{url} is missing at the origin, which answered {status}",
-            f"put it there, or take it out of {SUMS_NAME}",
+            f"put it there, or correct the ref or its {SUMS_NAME}",
         )
     if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         raise permanent(

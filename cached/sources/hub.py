@@ -33,7 +33,7 @@ from cached.model import (
     permanent,
     revision_key,
 )
-from cached.sources.client import HttpClient, check_plain, check_status, final_url, same_host
+from cached.sources.client import HttpClient, check_plain, check_status, final_url, led_to, same_host
 from cached.sources.filters import select
 from cached.sources.http import HttpReader
 from cached.sources.secrets import read_secret, token_of
@@ -161,7 +161,7 @@ class HubSource:
             found = decoder.decode(bytes(data))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _bad_answer(url, f"what the Hub does not answer: {error}") from error
-        return found, urllib.parse.urljoin(url, link[1]) if link else None
+        return found, led_to(url, link[1]) if link else None
 
     # --- who asks ---------------------------------------------------------------------------
 
