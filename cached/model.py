@@ -106,7 +106,7 @@ class FileSpec:
     """One file as its origin lists it. ``version`` is whatever else tells contents apart (ETag, mtime).
 
     ``checksum`` is what else the origin says of the content, checked while it is hashed: ``git:`` and the 40
-    hex digits of a git blob id.
+    hex digits of a git blob id; or ``crc32:``, ``crc32c:``, ``crc64nvme:`` and theirs, which attest nothing.
     """
 
     path: str

@@ -8,6 +8,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from s3kit import (
     scripted,
 )
 
-from cached.config import SourceSettings
-from cached.model import MAX_FILES, CachedError, ErrorKind, FileSpec, Problem, Ref, Revision, parse_ref
+from cached.config import SourceSettings, TransferSettings
+from cached.fetch import FetchJob, FetchPool
+from cached.fetch.checksums import begin
+from cached.model import MAX_FILES, Blob, CachedError, ErrorKind, FileSpec, Problem, Ref, Revision, parse_ref
 from cached.sources import Origins, RangesIgnoredError
 from cached.sources.s3 import S3Source
 
@@ -165,9 +168,20 @@ def test_the_sha256_of_a_whole_object_attests_it(store: Store, source: S3Source)
     assert revision.attested
 
 
-def test_a_crc_attests_nothing(store: Store, source: S3Source) -> None:
-    store.client.put_object(Bucket="models", Key="m/a", Body=DATA, ChecksumAlgorithm="CRC32")
-    assert source.resolve(REF).files[0].sha256 is None
+@pytest.mark.parametrize("kind", ["CRC32", "CRC32C", "CRC64NVME"])
+def test_a_crc_is_checked_and_attests_nothing(store: Store, source: S3Source, kind: Any) -> None:
+    store.client.put_object(Bucket="models", Key="m/a", Body=DATA, ChecksumAlgorithm=kind)
+    revision = source.resolve(REF)
+    spec = revision.files[0]
+    assert spec.sha256 is None and not revision.attested
+    assert spec.checksum.startswith(kind.lower() + ":")
+    checksum = begin(spec)
+    assert checksum is not None
+    checksum.update(memoryview(DATA)[:1000])
+    before = checksum.copy()
+    checksum.update(memoryview(DATA)[1000:])
+    assert f"{kind.lower()}:{checksum.hexdigest()}" == spec.checksum
+    assert before.hexdigest() != checksum.hexdigest()
 
 
 def test_a_digest_of_parts_is_not_taken_for_the_contents(store: Store, source: S3Source) -> None:
@@ -182,7 +196,8 @@ def test_a_digest_of_parts_is_not_taken_for_the_contents(store: Store, source: S
     store.client.complete_multipart_upload(**at, UploadId=upload, MultipartUpload={"Parts": parts})
     head = store.client.head_object(**at, ChecksumMode="ENABLED")
     assert head["ChecksumSHA256"] and head["ETag"].endswith('-2"')
-    assert source.resolve(REF).files[0].sha256 is None
+    spec = source.resolve(REF).files[0]
+    assert (spec.sha256, spec.checksum) == (None, "")
 
 
 @pytest.mark.parametrize(
@@ -385,6 +400,35 @@ def test_connections_are_kept(script: Script) -> None:
     for _ in range(5):
         read_range(source, SPEC, 0, 2000)
     assert len(script.asked) == 5 and len(script.ports) == 1
+
+
+@pytest.mark.parametrize("right", [True, False])
+async def test_a_fetch_checks_the_crc(script: Script, tmp_path: Path, right: bool) -> None:
+    crc = zlib.crc32(DATA).to_bytes(4, "big")
+    headers = (("ETag", '"e"'), ("x-amz-checksum-crc32", base64.b64encode(crc).decode()))
+    served = DATA if right else DATA[:-1] + b"?"
+    script.says(refusal(404, "NoSuchKey"), page(["m/a"]), answer(served, 200))
+    script.says(Answer(200, DATA, headers), method="HEAD")
+    settings = TransferSettings(workers=1, connections=1, attempts=1, timeout_s=2.0)
+    sources = (SourceSettings("s3://", endpoint=script.url, addressing="path"),)
+    pool = FetchPool(settings, sources=sources)
+
+    async def sealed(index: int, blob: Blob) -> None:
+        assert (index, blob.sha256) == (0, sha256(DATA))
+
+    try:
+        revision = await pool.resolve(REF)
+        job = FetchJob(revision, str(tmp_path), (None,), False)
+        if right:
+            assert not (await pool.fetch(job, lambda done, received: None, sealed)).attested
+            return
+        with pytest.raises(CachedError) as caught:
+            await pool.fetch(job, lambda done, received: None, sealed)
+        problem = problem_in(caught)
+        assert (problem.kind, problem.reason) == (ErrorKind.DATA_LOSS, "DIGEST_MISMATCH")
+        assert f"crc32:{crc.hex()}" in problem.message
+    finally:
+        await pool.close()
 
 
 # --- credentials ----------------------------------------------------------------------------

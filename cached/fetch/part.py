@@ -12,12 +12,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import xxhash
 
 from cached import safetensors
 from cached.durable import Partial, RealFs
+from cached.fetch import checksums
 from cached.model import CHUNK_BYTES, Blob, CachedError, Digest, ErrorKind, FileSpec, Tensor, permanent
 
 _LINE = re.compile(r"(\d{1,9}) ([0-9a-f]{32})")
@@ -98,7 +98,7 @@ class Proof:
         self._part = part
         self._view = view
         self._sha256 = hashlib.sha256()
-        self._checksum = _checksum_of(part.spec)
+        self._checksum = checksums.begin(part.spec)
 
     def take(self, chunk: int) -> bool:
         """Read the next chunk. False, and as if nothing had been read, when it is not what was recorded."""
@@ -150,25 +150,6 @@ class Proof:
                 f"and the origin says {spec.checksum}",
                 "the origin, or a proxy before it, gives out a wrong or unfinished file: mend or go round it",
             )
-
-
-class _Checksum(Protocol):
-    """What hashlib's objects can do."""
-
-    def update(self, data: memoryview, /) -> None: ...
-
-    def copy(self) -> _Checksum: ...
-
-    def hexdigest(self) -> str: ...
-
-
-def _checksum_of(spec: FileSpec) -> _Checksum | None:
-    """Begins what ``spec.checksum`` is the end of."""
-    if not spec.checksum:
-        return None
-    kind = spec.checksum.partition(":")[0]
-    assert kind == "git", f"no source makes a checksum {kind!r}"
-    return hashlib.sha1(b"blob %d\0" % spec.size_bytes, usedforsecurity=False)
 
 
 def chunk_count(size_bytes: int) -> int:

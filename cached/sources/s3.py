@@ -2,8 +2,8 @@
 
 Owns the conversation with such stores. Credentials come from wherever boto3 finds them; who vouches for
 a file is SHA256SUMS beside the objects where there is one, else the sha256 that the store itself keeps of a
-whole object. A digest of parts (``COMPOSITE``) and the CRCs are no sha256 of the content, so they vouch
-for nothing here. Every range is read from the version, or under the ETag, that was listed.
+whole object. A whole object's CRC is checked and vouches for nothing; a checksum of parts (``COMPOSITE``) is
+none of the content's. Every range is read from the version, or under the ETag, that was listed.
 """
 
 from __future__ import annotations
@@ -202,7 +202,9 @@ class S3Source:
         bucket, prefix = _place(ref)
         with self.asking(ref + path) as client:
             found = client.head_object(Bucket=bucket, Key=prefix + path, ChecksumMode="ENABLED")
-        return FileSpec(path, found["ContentLength"], digest or _attested(found), _version(found))
+        digest = digest or _attested(found)
+        checksum = "" if digest else _crc(found)
+        return FileSpec(path, found["ContentLength"], digest, _version(found), checksum)
 
 
 class S3Reader:
@@ -324,15 +326,33 @@ def _read_into(body: StreamingBody, view: memoryview) -> int:
 
 def _attested(found: HeadObjectOutputTypeDef) -> Digest | None:
     """The sha256 of the whole object, where the store keeps one."""
+    told = _checksum(found, found.get("ChecksumSHA256", ""), 32)
+    return Digest(told) if told else None
+
+
+def _crc(found: HeadObjectOutputTypeDef) -> str:
+    """A CRC of the whole object, as ``FileSpec.checksum`` has it, where the store keeps one."""
+    for kind, told, size_bytes in (
+        ("crc64nvme", found.get("ChecksumCRC64NVME", ""), 8),
+        ("crc32c", found.get("ChecksumCRC32C", ""), 4),
+        ("crc32", found.get("ChecksumCRC32", ""), 4),
+    ):
+        if digits := _checksum(found, told, size_bytes):
+            return f"{kind}:{digits}"
+    return ""
+
+
+def _checksum(found: HeadObjectOutputTypeDef, told: str, size_bytes: int) -> str:
+    """The hex digits of what is told in base64; empty where it is not about the whole object."""
     kind: str = found.get("ChecksumType", "")
-    # A store that does not tell the kind may give the digest of the parts' digests of what came in parts.
+    # A store that does not tell the kind may give the checksum of the parts' checksums of what came in parts.
     if kind != "FULL_OBJECT" and (kind or _OF_PARTS.search(found.get("ETag", ""))):
-        return None
+        return ""
     try:
-        digest = base64.b64decode(found.get("ChecksumSHA256", ""), validate=True)
+        data = base64.b64decode(told, validate=True)
     except binascii.Error:
-        return None
-    return Digest(digest.hex()) if len(digest) == 32 else None
+        return ""
+    return data.hex() if len(data) == size_bytes else ""
 
 
 def _version(found: HeadObjectOutputTypeDef) -> str:
