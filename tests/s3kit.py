@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -158,7 +159,8 @@ class Script:
 
 
 @contextlib.contextmanager
-def scripted() -> Iterator[Script]:
+def scripted(context: ssl.SSLContext | None = None) -> Iterator[Script]:
+    """With ``context`` over TLS."""
     script = Script("")
 
     class Handler(BaseHTTPRequestHandler):
@@ -186,9 +188,11 @@ def scripted() -> Iterator[Script]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    if context is not None:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
-    script.url = f"http://127.0.0.1:{server.server_port}"
+    script.url = f"{'http' if context is None else 'https'}://127.0.0.1:{server.server_port}"
     try:
         yield script
     finally:

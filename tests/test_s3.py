@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from httpkit import make_authority
 from s3kit import (
     CREDENTIALS,
     KEY,
@@ -572,6 +573,20 @@ def test_buckets_can_be_host_names_and_proxies_are_heeded(script: Script) -> Non
         refused(source_at("http://store.test", addressing="path"))
     asked = [path for _, path, _ in script.asked]
     assert asked == ["http://models.store.test/m/SHA256SUMS", "http://store.test/models/m/SHA256SUMS"]
+
+
+def test_a_private_authority_is_named_in_the_environment(tmp_path: Path) -> None:
+    authority, context = make_authority(tmp_path, "127.0.0.1")
+    with scripted(context()) as script:
+        script.says(refusal(403, "AccessDenied"))
+        problem = refused(source_at(script.url))
+        assert (problem.kind, problem.reason) == (ErrorKind.DENIED, "ORIGIN_CERTIFICATE")
+        assert "AWS_CA_BUNDLE" in problem.hint
+        for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+            with environment(**CREDENTIALS, **{name: str(authority)}):
+                assert refused(source_at(script.url)).reason == "ORIGIN_DENIED"
+        with environment(**CREDENTIALS, AWS_CA_BUNDLE="/nonexistent"):
+            assert refused(source_at(script.url)).reason == "BAD_CA_BUNDLE"
 
 
 # --- another server: rclone, which answers ranges with 200 ----------------------------------

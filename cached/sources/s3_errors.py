@@ -20,6 +20,7 @@ from botocore.exceptions import (
     PartialCredentialsError,
     ProfileNotFound,
     ResponseStreamingError,
+    SSLError,
     SSOError,
     TokenRetrievalError,
     UnauthorizedSSOTokenError,
@@ -203,6 +204,13 @@ def _connection(error: Exception, url: str) -> Problem:
             "ORIGIN_CERTIFICATE",
             f"{url}: the server's certificate is not trusted: {error}"[:500],
             "name the authority that signed it in AWS_CA_BUNDLE",
+        )
+    if isinstance(error, SSLError) and _has_cause(error, FileNotFoundError):
+        return Problem(
+            ErrorKind.PRECONDITION,
+            "BAD_CA_BUNDLE",
+            f"{url}: the file of trusted authorities is not there: {error}"[:500],
+            "correct AWS_CA_BUNDLE or REQUESTS_CA_BUNDLE where the daemon runs, or take it away",
         )
     return Problem(
         ErrorKind.UNAVAILABLE,
