@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,6 @@ def read_refused(source: S3Source, spec: FileSpec, start: int, stop: int) -> Pro
     with pytest.raises(CachedError) as caught:
         read_range(source, spec, start, stop)
     return problem_in(caught)
-
-
-def spec_of(revision: Revision, path: str) -> FileSpec:
-    return next(spec for spec in revision.files if spec.path == path)
 
 
 @pytest.fixture(scope="module")
@@ -355,6 +352,15 @@ def test_a_range_is_asked_of_the_listed_etag(script: Script) -> None:
     assert (headers["Range"], headers["If-Match"]) == ("bytes=0-9", '"e"')
 
 
+def test_a_weak_etag_is_compared_and_not_asked_for(script: Script) -> None:
+    script.says(answer(DATA[:10], said="bytes 0-9/5120", etag='W/"e"'))
+    weak = replace(SPEC, version='W/"e"')
+    assert read_range(shared_source(script.url), weak, 0, 10) == DATA[:10]
+    assert "If-Match" not in script.asked[0][2]
+    script.says(answer(DATA[:10], said="bytes 0-9/5120", etag='W/"other"'))
+    assert read_refused(shared_source(script.url), weak, 0, 10).reason == "ORIGIN_CHANGED"
+
+
 def test_a_range_that_comes_with_200_is_a_range(script: Script) -> None:
     script.says(answer(DATA[5:10], 200, "bytes 5-9/5120"))
     assert read_range(shared_source(script.url), SPEC, 5, 10) == DATA[5:10]
@@ -533,6 +539,11 @@ def test_what_the_store_answers_is_told_with_a_way_to_mend_it(
     assert "s3://models/m/" in problem.message
     assert len(script.asked) == 1  # trying again is up to who asked
     assert "SECRETKEY" not in f"{problem.message}{problem.hint}"
+
+
+def test_what_the_store_writes_is_harmless(script: Script) -> None:
+    script.says(Answer(400, b"<Error><Code>X</Code><Message>one\ntwo\xc2\x9b31m</Message></Error>"))
+    assert refused(shared_source(script.url)).message.isprintable()
 
 
 def test_a_store_says_when_to_ask_again(script: Script) -> None:

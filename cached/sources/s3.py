@@ -218,7 +218,8 @@ class S3Reader:
         self._asked: GetObjectRequestTypeDef = {"Bucket": bucket, "Key": prefix + spec.path}
         if spec.version.startswith(_VERSION):
             self._asked["VersionId"] = spec.version.removeprefix(_VERSION)
-        elif spec.version:
+        elif spec.version and not spec.version.startswith("W/"):
+            # A weak one never matches where it is asked for; it is compared all the same.
             self._asked["IfMatch"] = spec.version
 
     def read(self, start: int, stop: int, view: memoryview) -> Generator[int, None, None]:

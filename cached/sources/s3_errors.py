@@ -107,6 +107,8 @@ def _answered(error: ClientError, url: str, signed: str) -> Problem:
     """What the store itself said."""
     code, status = code_of(error), int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     told = str(error.response.get("Error", {}).get("Message", ""))[:200]
+    # What strangers write goes to terminals and logs.
+    told = "".join(sign if sign.isprintable() else " " for sign in told)
     said = f"{url}: the server answered {code or status}" + (f" ({told})" if told and told != code else "")
     if code in _BUSY or status >= 500 or status == 429:
         hint = "see the store's own log; it is asked again"
