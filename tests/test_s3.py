@@ -32,7 +32,7 @@ from s3kit import (
 from cached.config import SourceSettings, TransferSettings
 from cached.fetch import FetchJob, FetchPool
 from cached.fetch.checksums import begin
-from cached.model import MAX_FILES, Blob, CachedError, ErrorKind, FileSpec, Problem, Ref, Revision, parse_ref
+from cached.model import MAX_FILES, Blob, CachedError, ErrorKind, FileSpec, Problem, Ref, parse_ref
 from cached.sources import Origins, RangesIgnoredError
 from cached.sources.s3 import S3Source
 
