@@ -146,8 +146,8 @@ def make_models(bench: Bench) -> Path:
 
 def write_model(folder: Path, content: bytes) -> None:
     folder.mkdir(parents=True)
-    (folder / "weights.bin").write_bytes(content)
-    (folder / "SHA256SUMS").write_text(f"{hashlib.sha256(content).hexdigest()}  weights.bin\n")
+    (folder / "weights.dat").write_bytes(content)
+    (folder / "SHA256SUMS").write_text(f"{hashlib.sha256(content).hexdigest()}  weights.dat\n")
 
 
 def start_origin(bench: Bench) -> str:

@@ -17,11 +17,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
-from cached.model import CachedError, ErrorKind, permanent
+from cached.model import MAX_REF_CHARS, CachedError, ErrorKind, permanent
 
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_BYTES = 2**60
@@ -53,6 +54,51 @@ class TransferSettings:
     timeout_s: Annotated[float, msgspec.Meta(ge=0.1, le=600)] = 30.0
 
 
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_REF_CHARS)]
+_Globs = Annotated[tuple[_Name, ...], msgspec.Meta(max_length=64)]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSettings:
+    """What holds for the refs that begin with ``prefix``. Secrets stand here by reference only.
+
+    ``endpoint`` replaces the scheme's usual server (hf, s3). ``region``, ``addressing`` and ``profile`` are
+    S3's. The token is read from the variable ``token_env`` or the file ``token_file``; ``anonymous`` sends
+    none, not even one that is found where tools usually look. ``require_digest`` refuses a revision with a
+    file that the origin does not attest. Files that match none of ``include`` (when there are any) or one
+    of ``exclude`` are left out; pickled weights are, unless ``allow_pickle``. ``options`` go to fsspec; a
+    value ``env:NAME`` or ``file:/path`` is read from there.
+    """
+
+    prefix: _Name
+    endpoint: str | None = None
+    region: str | None = None
+    addressing: Literal["auto", "path", "virtual"] = "auto"
+    profile: str | None = None
+    token_env: _Name | None = None
+    token_file: _Name | None = None
+    anonymous: bool = False
+    require_digest: bool = False
+    include: _Globs = ()
+    exclude: _Globs = ()
+    allow_pickle: bool = False
+    options: dict[str, str] = field(default_factory=dict)
+
+    def covers(self, ref: str) -> bool:
+        """Whether ``ref`` lies under the prefix: a longer name than the prefix's last is another's."""
+        rest = ref.removeprefix(self.prefix)
+        if not ref.startswith(self.prefix):
+            # A folder's prefix may be written without its last slash, and may be the ref itself.
+            return ref == self.prefix.removesuffix("/")
+        return not rest or self.prefix.endswith("/") or rest[0] in "/@#"
+
+
+def source_for(sources: tuple[SourceSettings, ...], ref: str) -> SourceSettings:
+    """The settings of the longest prefix that covers ``ref``; the defaults where none does."""
+    covering = [source for source in sources if source.covers(ref)]
+    return max(covering, key=lambda source: len(source.prefix), default=SourceSettings(ref))
+
+
 @dataclass(frozen=True, slots=True)
 class StandbySettings:
     """``host_capacity_bytes``: the most that may stand in RAM; None leaves it to the standby's limits."""
@@ -69,6 +115,11 @@ class Settings:
     store: StoreSettings = field(default_factory=StoreSettings)
     transfer: TransferSettings = field(default_factory=TransferSettings)
     standby: StandbySettings = field(default_factory=StandbySettings)
+    source: Annotated[tuple[SourceSettings, ...], msgspec.Meta(max_length=256)] = ()
+
+
+_ELEMENTS = {"source": SourceSettings("any")}
+"""Of each key that holds a list of tables, one such table with its defaults."""
 
 
 def load(path: Path | None, env: Mapping[str, str]) -> Settings:
@@ -103,11 +154,58 @@ def _load_file(path: Path) -> Settings:
         key = where.strip("`").removeprefix("$.")
         # In TOML's words: it has tables, and no null.
         what = what.replace("Expected", "expected").replace("`object`", "a table").replace(" | null", "")
+        what = what.replace("`array`", "a list of tables" if key in _ELEMENTS else "a list")
+        what = re.sub(r"Object missing required field `(\w+)`", r"it has no \1", what)
         raise _bad(path, f"{key}: {what}", "correct the value") from error
     for key, directory in (("data_dir", settings.data_dir), ("run_dir", settings.run_dir)):
         if not directory.startswith("/"):
             raise _bad(path, f"{key}: {directory!r} is not absolute", "write the whole path, from /")
+    _check_sources(path, settings.source)
     return settings
+
+
+_LETTERS = re.compile(r"[a-z][a-z0-9+.-]*://")
+_SECRET = re.compile(r"secret|password|passphrase|token|credential|(^|_)key$|connection_string|sas", re.I)
+
+
+def _check_sources(path: Path, sources: tuple[SourceSettings, ...]) -> None:
+    seen: set[str] = set()
+    for number, source in enumerate(sources):
+        where = f"source[{number}]"
+        if not _LETTERS.match(source.prefix):
+            raise _bad(path, f"{where}.prefix: {source.prefix[:80]!r} has no scheme", "write hf://org, say")
+        if source.prefix in seen:
+            raise _bad(path, f"{where}.prefix: {source.prefix!r} is there twice", "make one table of them")
+        seen.add(source.prefix)
+        _check_source(path, where, source)
+
+
+def _check_source(path: Path, where: str, source: SourceSettings) -> None:
+    if source.endpoint is not None and not _is_endpoint(source.endpoint):
+        hint = "write http://host:port or https://host, without user and password"
+        raise _bad(path, f"{where}.endpoint: {source.endpoint[:80]!r} is no server's address", hint)
+    given = [bool(source.token_env), bool(source.token_file), source.anonymous]
+    if sum(given) > 1:
+        what = "only one of token_env, token_file and anonymous can hold"
+        raise _bad(path, f"{where}: {what}", "remove the others")
+    if source.token_file and not source.token_file.startswith("/"):
+        what = f"{where}.token_file: {source.token_file!r} is not absolute"
+        raise _bad(path, what, "write the whole path, from /")
+    for name, value in source.options.items():
+        if _SECRET.search(name) and not value.startswith(("env:", "file:/")):
+            # The value is not shown: that is the point.
+            hint = 'name where it stands: "env:NAME" or "file:/path"'
+            raise _bad(path, f"{where}.options.{name}: a secret does not belong into this file", hint)
+
+
+def _is_endpoint(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        named = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
+    plain = not (parts.username or parts.password or parts.query or parts.fragment)
+    return parts.scheme in ("http", "https") and named and plain
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -135,6 +233,10 @@ def _refuse_unknown(path: Path, table: Mapping[str, Any], defaults: Any, prefix:
         default = getattr(defaults, key)
         if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
             _refuse_unknown(path, value, default, f"{prefix}{key}.")
+        if key in _ELEMENTS and not prefix and isinstance(value, list):
+            for number, element in enumerate(value):
+                if isinstance(element, Mapping):
+                    _refuse_unknown(path, element, _ELEMENTS[key], f"{key}[{number}].")
 
 
 def _with_sizes(path: Path, table: Mapping[str, Any], prefix: str) -> dict[str, Any]:

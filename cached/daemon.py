@@ -288,7 +288,7 @@ async def _serve(
         run_lock = fs.lock(sockets.run_dir / "lock")
         stack.callback(fs.unlock, run_lock)
         metrics = Metrics(version("cached"))
-        node = Node(settings, store, FetchPool(settings.transfer), metrics, fs)
+        node = Node(settings, store, FetchPool(settings.transfer, sources=settings.source), metrics, fs)
         stack.push_async_callback(node.close)
         if with_preloader:
             await stack.enter_async_context(_beside(_Preloader(settings, fs).run()))

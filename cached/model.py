@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NewType
 
 Ref = NewType("Ref", str)
-"""What a person writes: ``https://host/dir/``, ``file:///dir``."""
+"""What a person writes: ``https://host/dir/``, ``hf://org/name@main``, ``s3://bucket/prefix/``."""
 RevisionKey = NewType("RevisionKey", str)
 """64 lower-case hex digits; what a ref resolved to, immutable."""
 ArtifactId = NewType("ArtifactId", str)
@@ -105,12 +105,22 @@ def temporary(
 
 @dataclass(frozen=True, slots=True)
 class FileSpec:
-    """One file as its origin lists it. ``version`` is whatever else tells contents apart (ETag, mtime)."""
+    """One file as its origin lists it. ``version`` is whatever else tells contents apart (ETag, mtime).
+
+    ``checksum`` is what else the origin says of the content, checked while it is hashed: ``git:`` and the 40
+    hex digits of a git blob id; or ``crc32:``, ``crc32c:``, ``crc64nvme:`` and theirs, which attest nothing.
+    """
 
     path: str
     size_bytes: int
     sha256: Digest | None
     version: str = ""
+    checksum: str = ""
+
+    @property
+    def attested(self) -> bool:
+        """Whether the origin vouches for the content by a digest that we check."""
+        return self.sha256 is not None or self.checksum.startswith("git:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +138,7 @@ class Revision:
     @property
     def attested(self) -> bool:
         """Whether the origin vouched for every file's content."""
-        return all(f.sha256 is not None for f in self.files)
+        return all(f.attested for f in self.files)
 
     def content_key(self, index: int) -> str:
         """What file ``index`` is counted under: its digest, or a name of its own until it has one."""
@@ -214,7 +224,9 @@ def artifact_id(files: Iterable[tuple[str, int, str]]) -> ArtifactId:
 
 def revision_key(ref: Ref, files: Iterable[FileSpec]) -> RevisionKey:
     """The key of exactly these files from this ref."""
-    body = [ref, *sorted([f.path, str(f.size_bytes), f.sha256 or "", f.version] for f in files)]
+    # Without a checksum the body is what it always was: keys on disk stay what they are.
+    lines = ([f.path, str(f.size_bytes), f.sha256 or "", f.version, f.checksum] for f in files)
+    body = [ref, *sorted(line if line[-1] else line[:-1] for line in lines)]
     return RevisionKey(hashlib.sha256(json.dumps(body).encode()).hexdigest())
 
 
@@ -230,37 +242,72 @@ def is_digest(text: str) -> bool:
     return _DIGEST.fullmatch(text) is not None
 
 
-def parse_ref(text: str) -> Ref:
-    """A ref as a person wrote it, checked for form only.
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,31}")
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w][\w./-]{0,254})?", re.ASCII)
+_FRAGMENT = re.compile(r"sha256=([0-9A-Fa-f]{64})")
 
-    Raises CachedError (INVALID) naming what is wrong. A ``file://`` ref and a ref that
-    names a directory lose a trailing slash's ambiguity: directories always end in one.
+
+def parse_ref(text: str) -> Ref:
+    """A ref as a person wrote it, checked for form only, in the one way to write it.
+
+    A folder's ref always ends in a slash; a single file's (``https://host/file#sha256=…``) and one of
+    the Hub (``hf://org/name@revision``) never do. Which schemes there are is the origins' to say. Raises
+    CachedError (INVALID) naming what is wrong.
     """
-    scheme, separator, rest = text.partition("://")
     if not text or len(text) > MAX_REF_CHARS or not text.isprintable() or " " in text:
         raise _bad_ref(text, f"a ref has 1 to {MAX_REF_CHARS} printable characters and no spaces")
-    if not separator or scheme not in ("file", "http", "https"):
-        raise _bad_ref(text, "its scheme is none of file, http, https")
-    if (
-        not rest.strip("/")
-        or (scheme == "file" and not rest.startswith("/"))
-        or rest.startswith("/") != (scheme == "file")
-    ):
+    scheme, separator, rest = text.partition("://")
+    if not separator or not _SCHEME.fullmatch(scheme):
+        raise _bad_ref(text, "it does not begin with a scheme")
+    if "@" in rest and ":" in rest.partition("@")[0].partition("/")[0]:
+        # Refs are stored and shown.
+        raise _bad_ref("", "it has a password in it", "leave it out, and name it in a [[source]] table")
+    if scheme == "hf":
+        return _hub_ref(text, rest.rstrip("/"))
+    address, mark, fragment = text.partition("#")
+    _check_folder(text, scheme, address.partition("://")[2])
+    return Ref(address.rstrip("/") + "/") if not mark else _file_ref(text, address, fragment)
+
+
+def _hub_ref(text: str, rest: str) -> Ref:
+    if not _HUB.fullmatch(rest):
+        raise _bad_ref(text, "a model on the Hub is hf://org/name or hf://org/name@revision")
+    if any(part in ("", ".", "..") for part in rest.partition("@")[2].split("/")[1:]):
+        raise _bad_ref(text, "what stands behind the @ is no name of a branch, tag or commit")
+    return Ref(f"hf://{rest}")
+
+
+def _check_folder(text: str, scheme: str, rest: str) -> None:
+    # Schemes that are not ours may do without a host: memory:///dir.
+    rooted = rest.startswith("/")
+    if not rest.strip("/") or (scheme == "file") > rooted or (scheme in ("http", "https", "s3")) & rooted:
         raise _bad_ref(text, "it names no directory")
-    if "?" in rest or "#" in rest:
-        raise _bad_ref(text, "a query or fragment is not part of a directory's address")
+    if "?" in rest:
+        raise _bad_ref(text, "a query is not part of a directory's address")
     if ".." in rest.split("/"):
         raise _bad_ref(text, "it climbs out of a directory with '..'")
-    return Ref(text.rstrip("/") + "/")
 
 
-def _bad_ref(text: str, why: str) -> CachedError:
+def _file_ref(text: str, address: str, fragment: str) -> Ref:
+    if not address.startswith(("http://", "https://")):
+        raise _bad_ref(text, "a fragment is not part of a directory's address")
+    found = _FRAGMENT.fullmatch(fragment)
+    if found is None:
+        raise _bad_ref(text, "a single file is named with its digest: #sha256= and 64 hex digits")
+    if address.endswith("/") or address.count("/") < 3:
+        raise _bad_ref(text, "#sha256= stands behind a file's address, and this is a directory's")
+    return Ref(f"{address}#sha256={found[1].lower()}")
+
+
+def _bad_ref(text: str, why: str, hint: str = "") -> CachedError:
     shown = text if len(text) <= 80 else text[:77] + "..."
     return permanent(
         ErrorKind.INVALID,
         "BAD_REF",
-        f"{shown!r} is not a ref: {why}",
-        "write file:///dir, http://host/dir/ or https://host/dir/",
+        f"{shown!r} is not a ref: {why}" if shown or not hint else f"the ref is refused: {why}",
+        hint
+        or "write file:///dir, https://host/dir/, https://host/file#sha256=…, hf://org/name@revision "
+        "or s3://bucket/prefix/",
     )
 
 

@@ -63,7 +63,12 @@ def put_blob(data_dir: Path, data: bytes) -> Blob:
 
 def put_artifact(data_dir: Path, files: dict[str, bytes]) -> Manifest:
     """An artifact as the store commits it."""
-    listed = tuple(ManifestFile(path, put_blob(data_dir, data)) for path, data in sorted(files.items()))
+    return put_manifest(
+        data_dir, tuple(ManifestFile(path, put_blob(data_dir, data)) for path, data in sorted(files.items()))
+    )
+
+
+def put_manifest(data_dir: Path, listed: tuple[ManifestFile, ...]) -> Manifest:
     artifact = artifact_id((f.path, f.blob.size_bytes, f.blob.sha256) for f in listed)
     manifest = Manifest(artifact, Ref("file:///x/"), RevisionKey("0" * 64), True, listed, ())
     path = manifest_path(data_dir, artifact)
@@ -112,8 +117,13 @@ def rounded(size_bytes: int) -> int:
 
 def may_mount_read_only() -> bool:
     """Whether this process has what the store's read-only view takes; says nothing of whether it works."""
+    return _has_capability(21) and mounts_can_be_copied()
+
+
+def mounts_can_be_copied() -> bool:
+    """Whether this Linux has what the read-only view takes, for whoever has the right."""
     linux = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
-    return _has_capability(21) and linux >= (5, 12)
+    return linux >= (5, 12)
 
 
 def _has_capability(number: int) -> bool:

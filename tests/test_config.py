@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from cached.config import MAX_CONFIG_BYTES, Settings, TransferSettings, load, parse_size
+from cached.config import (
+    MAX_CONFIG_BYTES,
+    Settings,
+    SourceSettings,
+    TransferSettings,
+    load,
+    parse_size,
+    source_for,
+)
 from cached.model import CachedError, ErrorKind, Problem
 
 FULL = """
@@ -107,7 +115,8 @@ def test_sizes(text: str, size_bytes: int | None) -> None:
     [
         ("[transfer]\nconections = 3", "transfer.conections: there is no such key", "transfer.connections?"),
         ("stor = 3", "stor: there is no such key", "did you mean store?"),
-        ("zzz = 1", "zzz: there is no such key", "data_dir, run_dir, store, transfer, standby"),
+        ("zzz = 1", "zzz: there is no such key", "data_dir, run_dir, store, transfer, standby, source"),
+        ("[[source]]\nprefx = 3", "source[0].prefx: there is no such key", "source[0].prefix?"),
         ("[store]\nworkers = 3", "store.workers: there is no such key", "capacity_bytes"),
     ],
 )
@@ -138,11 +147,55 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(
         ("data_dir = 3", "data_dir: expected `str`, got `int`"),
         ('data_dir = "models"', "data_dir: 'models' is not absolute"),
         ('run_dir = ""', "run_dir: '' is not absolute"),
+        ("[source]\nprefix = 'hf://a'", "source: expected a list of tables"),
+        ("[[source]]\nregion = 'x'", "source[0]: it has no prefix"),
+        ("[[source]]\nprefix = 'models'", "source[0].prefix: 'models' has no scheme"),
+        (
+            "[[source]]\nprefix = 'hf://a'\n[[source]]\nprefix = 'hf://a'",
+            "source[1].prefix: 'hf://a' is there twice",
+        ),
+        (
+            "[[source]]\nprefix = 'hf://a'\nendpoint = 'hub'",
+            "source[0].endpoint: 'hub' is no server's address",
+        ),
+        ("[[source]]\nprefix = 'hf://a'\nendpoint = 'http://u:p@h'", "source[0].endpoint"),
+        ("[[source]]\nprefix = 'hf://a'\naddressing = 'x'", "source[0].addressing: Invalid enum value 'x'"),
+        ("[[source]]\nprefix = 'hf://a'\nanonymous = true\ntoken_env = 'T'", "only one of token_env"),
+        ("[[source]]\nprefix = 'hf://a'\ntoken_file = 'T'", "source[0].token_file: 'T' is not absolute"),
+        ("[[source]]\nprefix = 'hf://a'\ninclude = 'x'", "source[0].include: expected"),
+        (
+            "[[source]]\nprefix = 'az://a'\noptions = {account_key = 'x'}",
+            "source[0].options.account_key: a secret",
+        ),
         ("data_dir =", "it is not TOML: Invalid value"),
     ],
 )
 def test_a_wrong_value_names_its_key_and_its_bound(tmp_path: Path, text: str, message: str) -> None:
     assert message in problem_of(tmp_path, text).message
+
+
+def test_a_secret_in_the_file_is_not_repeated_in_the_error(tmp_path: Path) -> None:
+    text = "[[source]]\nprefix = 'az://a'\noptions = {account_key = 'hunter2'}"
+    problem = problem_of(tmp_path, text)
+    assert "hunter2" not in problem.message + problem.hint
+
+
+def test_the_longest_prefix_that_covers_a_ref_holds(tmp_path: Path) -> None:
+    prefixes = ["hf://", "hf://org", "hf://org/name", "https://host/dir/", "s3://bucket"]
+    text = "".join(f"[[source]]\nprefix = '{prefix}'\n" for prefix in prefixes)
+    sources = load(write(tmp_path, text), {}).source
+    for ref, prefix in [
+        ("hf://org/name@main", "hf://org/name"),
+        ("hf://org/name2", "hf://org"),
+        ("hf://organization/name", "hf://"),
+        ("https://host/dir/", "https://host/dir/"),
+        ("https://host/dir/sub/", "https://host/dir/"),
+        ("https://host/file#sha256=00", "https://host/file#sha256=00"),
+        ("s3://bucket/a/", "s3://bucket"),
+        ("s3://bucket-of-others/a/", "s3://bucket-of-others/a/"),
+    ]:
+        assert source_for(sources, ref).prefix == prefix
+    assert source_for((), "hf://a/b") == SourceSettings("hf://a/b")
 
 
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
@@ -170,6 +223,12 @@ def test_the_documented_example_is_read_and_shows_every_key(tmp_path: Path) -> N
     shown = tomllib.loads(example)
     for group in dataclasses.fields(Settings):
         default = getattr(Settings(), group.name)
+        if group.name == "source":
+            # Two of its keys cannot stand beside a third; they are shown as comments.
+            shown_keys = set(shown["source"][0]) | {"token_file", "anonymous"}
+            assert shown_keys == {f.name for f in dataclasses.fields(SourceSettings)}
+            assert "# token_file = " in example and "# anonymous = " in example
+            continue
         keys = {f.name for f in dataclasses.fields(default)} if dataclasses.is_dataclass(default) else set()
         assert group.name in shown
         assert keys == (set(shown[group.name]) if keys else set())

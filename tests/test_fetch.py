@@ -168,7 +168,7 @@ def check_blob(blob: Blob, data: bytes) -> None:
 
 async def test_a_revision_comes_whole_proven_and_sealed(room: Room, big: bytes) -> None:
     model = safetensors({"x": 100, "y": 50})
-    files = {"a/model.safetensors": model, "big.bin": big, "config.json": b"{}", "empty": b""}
+    files = {"a/model.safetensors": model, "big.dat": big, "config.json": b"{}", "empty": b""}
     revision = await room.resolve(room.put(files))
     manifest = await room.fetch(revision)
 
@@ -190,7 +190,7 @@ async def test_a_revision_comes_whole_proven_and_sealed(room: Room, big: bytes) 
     assert room.progress == sorted(room.progress)
     # Every byte came once, and the large file in ranges.
     assert room.origin.bytes_sent - room.origin.sent["m/SHA256SUMS"] == total
-    assert room.origin.requests["m/big.bin"] == 1 + 3
+    assert room.origin.requests["m/big.dat"] == 1 + 3
 
 
 async def test_a_folder_without_sums_is_copied_and_unattested(room: Room, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ async def test_a_folder_without_sums_is_copied_and_unattested(room: Room, tmp_pa
 
 async def test_one_content_under_two_names_is_fetched_once(room: Room) -> None:
     model = safetensors({"x": 1000})
-    ref = room.put({"1.safetensors": model, "2.safetensors": model, "copy.bin": b"c", "d.bin": b"c"})
+    ref = room.put({"1.safetensors": model, "2.safetensors": model, "copy.dat": b"c", "d.dat": b"c"})
     manifest = await room.fetch(await room.resolve(ref))
     assert room.origin.sent["m/1.safetensors"] + room.origin.sent["m/2.safetensors"] == len(model)
     assert manifest.files[0].blob == manifest.files[1].blob
@@ -258,7 +258,7 @@ async def test_the_rate_is_kept(tmp_path: Path) -> None:
 async def test_a_background_fetch_leaves_little_in_the_page_cache(
     room: Room, big: bytes, tmp_path: Path
 ) -> None:
-    revision = await room.resolve(room.put({"big.bin": big}))
+    revision = await room.resolve(room.put({"big.dat": big}))
     await room.fetch(revision, background=True)
     assert (resident_share(room.part(revision, 0)) < 0.5) is drops_pages(tmp_path)
 
@@ -268,12 +268,12 @@ async def test_a_background_fetch_leaves_little_in_the_page_cache(
 
 async def test_a_wrong_digest_is_refused_with_both_values_and_removed(room: Room) -> None:
     expected = "ab" * 32
-    ref = room.put({"bad.bin": b"wrong", "good.bin": b"right"}, sums={"bad.bin": expected})
+    ref = room.put({"bad.dat": b"wrong", "good.dat": b"right"}, sums={"bad.dat": expected})
     revision = await room.resolve(ref)
     problem = await room.refused(revision)
     assert (problem.kind, problem.reason) == (ErrorKind.DATA_LOSS, "DIGEST_MISMATCH")
     assert not problem.temporary
-    for value in ("bad.bin", expected, sha256(b"wrong")):
+    for value in ("bad.dat", expected, sha256(b"wrong")):
         assert value in problem.message
     assert not room.part(revision, 0).exists()
     assert not room.journal(revision, 0).exists()
@@ -281,8 +281,8 @@ async def test_a_wrong_digest_is_refused_with_both_values_and_removed(room: Room
 
 
 async def test_one_flipped_byte_is_found(room: Room, big: bytes) -> None:
-    revision = await room.resolve(room.put({"big.bin": big}))
-    room.origin.faults["m/big.bin"] = Fault("corrupt", at_bytes=CHUNK_BYTES + 7)
+    revision = await room.resolve(room.put({"big.dat": big}))
+    room.origin.faults["m/big.dat"] = Fault("corrupt", at_bytes=CHUNK_BYTES + 7)
     problem = await room.refused(revision)
     assert problem.reason == "DIGEST_MISMATCH" and sha256(big) in problem.message
     # Nothing of it is left to be resumed: with the origin mended it comes right.
@@ -302,11 +302,11 @@ async def test_a_broken_safetensors_header_is_refused_and_removed(room: Room) ->
 
 
 async def test_a_file_that_vanished_is_named(room: Room) -> None:
-    revision = await room.resolve(room.put({"a": b"a", "gone.bin": b"b"}))
-    (room.origin.root / "m" / "gone.bin").unlink()
+    revision = await room.resolve(room.put({"a": b"a", "gone.dat": b"b"}))
+    (room.origin.root / "m" / "gone.dat").unlink()
     problem = await room.refused(revision)
     assert (problem.kind, problem.reason) == (ErrorKind.NOT_FOUND, "MISSING_FILE")
-    assert "gone.bin" in problem.message
+    assert "gone.dat" in problem.message
     assert (await resolve_refused(room, str(revision.ref))).reason == "MISSING_FILE"
 
 
@@ -327,13 +327,13 @@ async def resolve_refused(room: Room, ref: str) -> Problem:
     ids=lambda value: value.kind if isinstance(value, Fault) else value,
 )
 async def test_a_lie_is_refused_at_once(room: Room, big: bytes, fault: Fault, reason: str) -> None:
-    revision = await room.resolve(room.put({"big.bin": big}))
-    room.origin.faults["m/big.bin"] = fault
+    revision = await room.resolve(room.put({"big.dat": big}))
+    room.origin.faults["m/big.dat"] = fault
     problem = await room.refused(revision)
     assert problem.reason == reason
-    assert "big.bin" in problem.message
+    assert "big.dat" in problem.message
     # Asking again would not have helped: no range was asked for twice.
-    assert room.origin.requests["m/big.bin"] <= 1 + SETTINGS.connections
+    assert room.origin.requests["m/big.dat"] <= 1 + SETTINGS.connections
 
 
 @pytest.mark.parametrize(
@@ -351,19 +351,19 @@ async def test_a_lie_is_refused_at_once(room: Room, big: bytes, fault: Fault, re
 async def test_what_an_origin_does_once_or_cannot_do_is_survived(
     room: Room, big: bytes, fault: Fault
 ) -> None:
-    revision = await room.resolve(room.put({"a": b"a", "big.bin": big, "c": b"c"}))
-    room.origin.faults["m/big.bin"] = fault
+    revision = await room.resolve(room.put({"a": b"a", "big.dat": big, "c": b"c"}))
+    room.origin.faults["m/big.dat"] = fault
     manifest = await room.fetch(revision)
     check_blob(manifest.files[1].blob, big)
     assert room.progress[-1][0] == revision.size_bytes
     if fault.kind in ("reset", "truncate"):
         # It went on where it broke off; what was on its way when the connection broke may come again.
-        assert room.origin.sent["m/big.bin"] < len(big) + 5_000_000
+        assert room.origin.sent["m/big.dat"] < len(big) + 5_000_000
 
 
 async def test_a_stream_without_ranges_that_breaks_off_is_started_again(room: Room, big: bytes) -> None:
-    revision = await room.resolve(room.put({"big.bin": big}))
-    room.origin.faults["m/big.bin"] = Fault("no_ranges")
+    revision = await room.resolve(room.put({"big.dat": big}))
+    room.origin.faults["m/big.dat"] = Fault("no_ranges")
     cut = room.origin.rate  # slow enough to cut in time
     cut.bytes_per_s = 60e6
     fetching = asyncio.create_task(room.fetch(revision))
@@ -383,31 +383,31 @@ async def test_a_stream_without_ranges_that_breaks_off_is_started_again(room: Ro
     ids=lambda fault: fault.kind,
 )
 async def test_every_range_has_its_attempts_and_no_more(room: Room, fault: Fault) -> None:
-    revision = await room.resolve(room.put({"a.bin": bytes(100_000)}))
+    revision = await room.resolve(room.put({"a.dat": bytes(100_000)}))
     room.origin.reset_counters()
-    room.origin.faults["m/a.bin"] = fault
+    room.origin.faults["m/a.dat"] = fault
     problem = await room.refused(revision)
     assert problem.kind is ErrorKind.UNAVAILABLE and problem.temporary
-    assert "a.bin" in problem.message and "tried 2 times" in problem.message
-    assert room.origin.requests["m/a.bin"] == 2
+    assert "a.dat" in problem.message and "tried 2 times" in problem.message
+    assert room.origin.requests["m/a.dat"] == 2
 
 
 async def test_a_stall_is_given_up_and_resumed(room: Room, big: bytes) -> None:
-    revision = await room.resolve(room.put({"big.bin": big}))
-    room.origin.faults["m/big.bin"] = Fault("stall", at_bytes=1_000_000, times=1)
+    revision = await room.resolve(room.put({"big.dat": big}))
+    room.origin.faults["m/big.dat"] = Fault("stall", at_bytes=1_000_000, times=1)
     check_blob((await room.fetch(revision)).files[0].blob, big)
 
 
 async def test_the_origins_wish_to_wait_is_heeded(room: Room) -> None:
-    revision = await room.resolve(room.put({"a.bin": b"a"}))
-    room.origin.faults["m/a.bin"] = Fault("status", status=429, retry_after_s=1, times=1)
+    revision = await room.resolve(room.put({"a.dat": b"a"}))
+    room.origin.faults["m/a.dat"] = Fault("status", status=429, retry_after_s=1, times=1)
     started = time.monotonic()
     await room.fetch(revision)
     assert time.monotonic() - started >= 1
 
 
 async def test_an_origin_that_is_gone_is_temporary(room: Room) -> None:
-    ref = room.put({"a.bin": b"a"})
+    ref = room.put({"a.dat": b"a"})
     revision = await room.resolve(ref)
     room.origin.close()
     for problem in (await room.refused(revision), await resolve_refused(room, ref)):
@@ -424,7 +424,7 @@ async def test_a_killed_worker_is_temporary_and_the_next_resumes(tmp_path: Path,
     pool = FetchPool(replace(SETTINGS, connections=2))
     with Origin(tmp_path / "origin", rate_bytes_per_s=150e6) as origin:
         room = Room(origin, pool, tmp_path / "data")
-        revision = await room.resolve(room.put({"a.bin": b"a", "big.bin": data}))
+        revision = await room.resolve(room.put({"a.dat": b"a", "big.dat": data}))
         missing = len(data)
         for share in (0.1, 0.5, 0.8):
             await fetch_and_kill(room, revision, int(share * len(data)))
@@ -459,7 +459,7 @@ def missing_bytes(room: Room, revision: Revision, index: int) -> int:
 async def test_a_sealed_part_that_was_not_committed_is_proven_again_without_the_origin(
     room: Room, big: bytes
 ) -> None:
-    revision = await room.resolve(room.put({"big.bin": big}))
+    revision = await room.resolve(room.put({"big.dat": big}))
     await room.fetch(revision)
     room.origin.reset_counters()
     check_blob((await room.fetch(revision)).files[0].blob, big)
@@ -477,17 +477,17 @@ def cut_power(part: Path, journal: Path) -> None:
 
 
 async def test_a_journal_that_claims_too_much_is_not_believed(room: Room, big: bytes) -> None:
-    revision = await room.resolve(room.put({"big.bin": big}))
+    revision = await room.resolve(room.put({"big.dat": big}))
     await room.fetch(revision)
     room.origin.reset_counters()
     cut_power(room.part(revision, 0), room.journal(revision, 0))
     check_blob((await room.fetch(revision)).files[0].blob, big)
     # Exactly the two chunks that were not what the journal said.
-    assert room.origin.sent["m/big.bin"] == CHUNK_BYTES + 12345
+    assert room.origin.sent["m/big.dat"] == CHUNK_BYTES + 12345
 
 
 async def test_a_cancelled_fetch_kills_its_worker_and_frees_its_locks(room: Room, big: bytes) -> None:
-    revision = await room.resolve(room.put({"big.bin": big}))
+    revision = await room.resolve(room.put({"big.dat": big}))
     room.origin.rate.bytes_per_s = 50e6
     fetching = asyncio.create_task(room.fetch(revision))
     await room.until_progress(1)
@@ -503,7 +503,7 @@ async def test_a_cancelled_fetch_kills_its_worker_and_frees_its_locks(room: Room
 
 
 async def test_a_part_that_another_process_writes_is_left_alone(room: Room) -> None:
-    revision = await room.resolve(room.put({"a.bin": b"aaaa"}))
+    revision = await room.resolve(room.put({"a.dat": b"aaaa"}))
     with Partial.open(room.part(revision, 0), room.journal(revision, 0), 4):
         problem = await room.refused(revision)
     assert problem.reason == "INGEST_BUSY" and problem.temporary

@@ -174,14 +174,14 @@ def test_what_is_missing_or_odd_in_a_folder_is_named(tmp_path: Path, origins: Or
     assert refused(source, ref).reason == "NO_SUCH_FOLDER"
     folder.mkdir()
     assert refused(source, ref).reason == "NO_FILES"
-    (folder / "SHA256SUMS").write_text(f"{HEX}  gone.bin\n")
+    (folder / "SHA256SUMS").write_text(f"{HEX}  gone.dat\n")
     problem = refused(source, ref)
     assert (problem.kind, problem.reason) == (ErrorKind.NOT_FOUND, "MISSING_FILE")
-    assert "gone.bin" in problem.message
-    (folder / "gone.bin").mkdir()
-    assert "gone.bin" in refused(source, ref).message
-    (folder / "gone.bin").rmdir()
-    os.mkfifo(folder / "gone.bin")
+    assert "gone.dat" in problem.message
+    (folder / "gone.dat").mkdir()
+    assert "gone.dat" in refused(source, ref).message
+    (folder / "gone.dat").rmdir()
+    os.mkfifo(folder / "gone.dat")
     assert refused(source, ref).reason == "NOT_A_FILE"
 
 
@@ -228,10 +228,10 @@ def test_a_file_that_is_changed_after_it_was_listed_is_noticed(tmp_path: Path, o
 def served(tmp_path: Path) -> Path:
     folder = tmp_path / "m"
     (folder / "sub dir").mkdir(parents=True)
-    (folder / "a.bin").write_bytes(bytes(range(256)) * 20)
-    (folder / "sub dir" / "ü#?.bin").write_bytes(b"u")
+    (folder / "a.dat").write_bytes(bytes(range(256)) * 20)
+    (folder / "sub dir" / "ü#?.dat").write_bytes(b"u")
     (folder / "empty").write_bytes(b"")
-    write_sums(folder, ["a.bin", "sub dir/ü#?.bin", "empty"])
+    write_sums(folder, ["a.dat", "sub dir/ü#?.dat", "empty"])
     return folder
 
 
@@ -254,9 +254,9 @@ def source(origins: Origins, ref: Ref) -> Source:
 def test_an_http_folder_is_listed_with_sizes_and_etags(source: Source, ref: Ref, origin: Origin) -> None:
     revision = source.resolve(ref)
     assert [(f.path, f.size_bytes) for f in revision.files] == [
-        ("a.bin", 5120),
+        ("a.dat", 5120),
         ("empty", 0),
-        ("sub dir/ü#?.bin", 1),
+        ("sub dir/ü#?.dat", 1),
     ]
     assert revision.attested
     assert all(f.version.startswith('"') for f in revision.files)
@@ -266,12 +266,12 @@ def test_an_http_folder_is_listed_with_sizes_and_etags(source: Source, ref: Ref,
 
 
 def test_http_ranges_come_in_pieces(source: Source, ref: Ref, served: Path, origin: Origin) -> None:
-    data = (served / "a.bin").read_bytes()
+    data = (served / "a.dat").read_bytes()
     revision = source.resolve(ref)
     assert read_all(source, revision, 0, 0, 5120) == data
     assert read_all(source, revision, 0, 1000, 3500) == data[1000:3500]
     assert read_all(source, revision, 2, 0, 1) == b"u"
-    assert origin.sent["m/a.bin"] == 5120 + 2500
+    assert origin.sent["m/a.dat"] == 5120 + 2500
 
 
 def test_leaving_a_range_early_leaves_nothing_behind(source: Source, ref: Ref, served: Path) -> None:
@@ -281,7 +281,7 @@ def test_leaving_a_range_early_leaves_nothing_behind(source: Source, ref: Ref, s
         reading = source.open(ref, revision.files[0]).read(0, 5120, view)
         assert next(reading) == 100
         reading.close()
-    assert read_all(source, revision, 0, 0, 5120) == (served / "a.bin").read_bytes()
+    assert read_all(source, revision, 0, 0, 5120) == (served / "a.dat").read_bytes()
 
 
 @pytest.mark.parametrize("status", [403, 405, 501])
@@ -289,19 +289,19 @@ def test_a_server_without_head_is_asked_for_a_range(
     source: Source, ref: Ref, origin: Origin, status: int
 ) -> None:
     expected = source.resolve(ref)
-    for path in ("m/a.bin", "m/empty"):
+    for path in ("m/a.dat", "m/empty"):
         origin.faults[path] = Fault("status", status=status, methods=("HEAD",))
     found = source.resolve(ref)
     assert [f.size_bytes for f in found.files] == [f.size_bytes for f in expected.files]
     assert found.files[0] == expected.files[0]
-    assert origin.sent["m/a.bin"] <= 1
+    assert origin.sent["m/a.dat"] <= 1
 
 
 def test_http_refusals_name_the_file(source: Source, ref: Ref, served: Path, origin: Origin) -> None:
-    (served / "a.bin").unlink()
+    (served / "a.dat").unlink()
     problem = refused(source, ref)
     assert (problem.kind, problem.reason) == (ErrorKind.NOT_FOUND, "MISSING_FILE")
-    assert ref + "a.bin" in problem.message
+    assert ref + "a.dat" in problem.message
     (served / "SHA256SUMS").unlink()
     problem = refused(source, ref)
     assert (problem.kind, problem.reason) == (ErrorKind.NOT_FOUND, "NO_SHA256SUMS")
@@ -343,7 +343,7 @@ def test_redirects_are_followed_but_not_for_ever(
     source: Source, ref: Ref, origin: Origin, served: Path
 ) -> None:
     origin.faults["moved/SHA256SUMS"] = Fault("redirect", location="/m/SHA256SUMS")
-    for name in ("a.bin", "empty", "sub dir/ü#?.bin"):
+    for name in ("a.dat", "empty", "sub dir/ü#?.dat"):
         origin.faults["moved/" + name] = Fault(
             "redirect",
             location="/m/" + name.replace(" ", "%20").replace("#?", "%23%3F"),
@@ -351,7 +351,7 @@ def test_redirects_are_followed_but_not_for_ever(
         )
     moved = parse_ref(origin.url + "moved/")
     revision = source.resolve(moved)
-    assert read_all(source, revision, 0, 0, 5120) == (served / "a.bin").read_bytes()
+    assert read_all(source, revision, 0, 0, 5120) == (served / "a.dat").read_bytes()
     origin.faults["moved/SHA256SUMS"] = Fault("redirect", location="/moved/SHA256SUMS")
     assert refused(source, moved).reason == "TOO_MANY_REDIRECTS"
 
@@ -364,10 +364,10 @@ def read_refused(source: Source, revision: Revision, start: int, stop: int) -> P
 
 def test_a_wrong_content_range_is_refused_with_both_values(source: Source, ref: Ref, origin: Origin) -> None:
     revision = source.resolve(ref)
-    origin.faults["m/a.bin"] = Fault("wrong_range")
+    origin.faults["m/a.dat"] = Fault("wrong_range")
     problem = read_refused(source, revision, 100, 200)
     assert (problem.kind, problem.reason) == (ErrorKind.DATA_LOSS, "BAD_RANGE")
-    assert "100-199" in problem.message and "101-200" in problem.message and "a.bin" in problem.message
+    assert "100-199" in problem.message and "101-200" in problem.message and "a.dat" in problem.message
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 5120), (100, 200), (5000, 5120)])
@@ -378,16 +378,16 @@ def test_a_file_of_another_size_is_refused_with_both_values(
     # As from a server that gives no ETag: only the size can tell.
     revision = replace(revision, files=(replace(revision.files[0], version=""), *revision.files[1:]))
     for data in (b"x" * 150, b"x" * 6000):
-        (served / "a.bin").write_bytes(data)
+        (served / "a.dat").write_bytes(data)
         problem = read_refused(source, revision, start, stop)
         assert (problem.kind, problem.reason) == (ErrorKind.DATA_LOSS, "SIZE_MISMATCH")
-        assert "a.bin" in problem.message
+        assert "a.dat" in problem.message
         assert "5120" in problem.message and str(len(data)) in problem.message
 
 
 def test_another_etag_means_that_the_file_was_changed(source: Source, ref: Ref, origin: Origin) -> None:
     revision = source.resolve(ref)
-    origin.faults["m/a.bin"] = Fault("changed")
+    origin.faults["m/a.dat"] = Fault("changed")
     problem = read_refused(source, revision, 0, 100)
     assert problem.reason == "ORIGIN_CHANGED" and not problem.temporary
     assert revision.files[0].version in problem.message
@@ -397,25 +397,25 @@ def test_a_server_that_ignores_ranges_gives_the_whole_file_only(
     source: Source, ref: Ref, origin: Origin, served: Path
 ) -> None:
     revision = source.resolve(ref)
-    origin.faults["m/a.bin"] = Fault("no_ranges")
+    origin.faults["m/a.dat"] = Fault("no_ranges")
     with pytest.raises(RangesIgnoredError):
         read_all(source, revision, 0, 100, 200)
-    assert read_all(source, revision, 0, 0, 5120) == (served / "a.bin").read_bytes()
+    assert read_all(source, revision, 0, 0, 5120) == (served / "a.dat").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["reset", "truncate"])
 def test_a_broken_connection_is_temporary(source: Source, ref: Ref, origin: Origin, kind: str) -> None:
     revision = source.resolve(ref)
-    origin.faults["m/a.bin"] = Fault(kind, at_bytes=1500)  # type: ignore[arg-type]
+    origin.faults["m/a.dat"] = Fault(kind, at_bytes=1500)  # type: ignore[arg-type]
     problem = read_refused(source, revision, 0, 5120)
-    assert problem.temporary and "a.bin" in problem.message
+    assert problem.temporary and "a.dat" in problem.message
 
 
 def test_a_stalled_connection_is_given_up(ref: Ref, origin: Origin) -> None:
     origins = Origins(connections=1, timeout_s=0.3)
     source = origins.source_for(ref)
     revision = source.resolve(ref)
-    origin.faults["m/a.bin"] = Fault("stall", at_bytes=1500)
+    origin.faults["m/a.dat"] = Fault("stall", at_bytes=1500)
     problem = read_refused(source, revision, 0, 5120)
     assert problem.temporary and "timed out" in problem.message
     origins.close()

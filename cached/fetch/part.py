@@ -17,6 +17,7 @@ import xxhash
 
 from cached import safetensors
 from cached.durable import Partial, RealFs
+from cached.fetch import checksums
 from cached.model import CHUNK_BYTES, Blob, CachedError, Digest, ErrorKind, FileSpec, Tensor, permanent
 
 _LINE = re.compile(r"(\d{1,9}) ([0-9a-f]{32})")
@@ -97,10 +98,12 @@ class Proof:
         self._part = part
         self._view = view
         self._sha256 = hashlib.sha256()
+        self._checksum = checksums.begin(part.spec)
 
     def take(self, chunk: int) -> bool:
         """Read the next chunk. False, and as if nothing had been read, when it is not what was recorded."""
         before = self._sha256.copy()
+        checksum_before = self._checksum.copy() if self._checksum is not None else None
         digest = xxhash.xxh3_128()
         position, stop = self._part.bounds(chunk)
         while position < stop:
@@ -109,10 +112,12 @@ class Proof:
                 break
             digest.update(self._view[:count])
             self._sha256.update(self._view[:count])
+            if self._checksum is not None:
+                self._checksum.update(self._view[:count])
             position += count
         if position == stop and digest.hexdigest() == self._part.recorded[chunk]:
             return True
-        self._sha256 = before
+        self._sha256, self._checksum = before, checksum_before
         return False
 
     def finish(self) -> Blob:
@@ -123,12 +128,28 @@ class Proof:
                 ErrorKind.DATA_LOSS,
                 "DIGEST_MISMATCH",
                 f"{part.spec.path} ({part.spec.size_bytes} bytes) has the sha256 {found}, "
-                f"and the origin's SHA256SUMS says {part.spec.sha256}",
-                "the origin's file or its SHA256SUMS is wrong or unfinished: write both anew",
+                f"and the origin says {part.spec.sha256}",
+                "the origin's file, or the digest that it publishes (its SHA256SUMS, say), is wrong or "
+                "unfinished: write both anew",
             )
+        self._check_checksum()
         chunks = tuple(digest for digest in part.recorded if digest is not None)
         assert len(chunks) == len(part.recorded)
         return Blob(found, part.spec.size_bytes, chunks)
+
+    def _check_checksum(self) -> None:
+        spec = self._part.spec
+        if self._checksum is None:
+            return
+        found = f"{spec.checksum.partition(':')[0]}:{self._checksum.hexdigest()}"
+        if found != spec.checksum:
+            raise permanent(
+                ErrorKind.DATA_LOSS,
+                "DIGEST_MISMATCH",
+                f"{spec.path} ({spec.size_bytes} bytes) has the checksum {found}, "
+                f"and the origin says {spec.checksum}",
+                "the origin, or a proxy before it, gives out a wrong or unfinished file: mend or go round it",
+            )
 
 
 def chunk_count(size_bytes: int) -> int:

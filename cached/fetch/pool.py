@@ -19,7 +19,7 @@ from typing import Never
 
 import msgspec
 
-from cached.config import TransferSettings
+from cached.config import SourceSettings, TransferSettings, source_for
 from cached.durable import FsyncFailed
 from cached.fetch.wire import (
     MAX_LINE_BYTES,
@@ -54,8 +54,14 @@ STDERR_PIECE_BYTES = 1024
 class FetchPool:
     """For one event loop. Jobs wait for a free worker; cancelling the task that waits kills the worker."""
 
-    def __init__(self, settings: TransferSettings, python: str = sys.executable) -> None:
+    def __init__(
+        self,
+        settings: TransferSettings,
+        python: str = sys.executable,
+        sources: tuple[SourceSettings, ...] = (),
+    ) -> None:
         self._settings = settings
+        self._sources = sources
         self._python = python
         self._workers: set[_Worker] = set()
         self._fetching = _Lane(settings.workers)
@@ -74,7 +80,8 @@ class FetchPool:
     async def resolve(self, ref: Ref) -> Revision:
         """What the origin of ``ref`` has now. Raises CachedError."""
         async with self._borrow(self._resolving) as worker:
-            last = await worker.ask(Resolve(ref, self._settings), f"resolving {ref}", _ignore)
+            request = Resolve(ref, self._settings, source_for(self._sources, ref))
+            last = await worker.ask(request, f"resolving {ref}", _ignore)
         match last:
             case Resolved(revision=revision):
                 return revision
@@ -103,7 +110,9 @@ class FetchPool:
                     await on_blob(index, blob)
 
         async with self._borrow(self._fetching) as worker:
-            last = await worker.ask(Fetch(job, self._settings), f"fetching {job.revision.ref}", on_reply)
+            ref = job.revision.ref
+            request = Fetch(job, self._settings, source_for(self._sources, ref))
+            last = await worker.ask(request, f"fetching {ref}", on_reply)
             if isinstance(last, Failed):
                 # Raised here, so that the worker is gone, and its locks with it, before anybody tries again.
                 raise _error_of(last)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from cached.config import TransferSettings
+from cached.config import SourceSettings, TransferSettings
 from cached.model import Blob, Digest, Manifest, Problem, Ref, Revision
 
 MAX_LINE_BYTES = 256 * 1024 * 1024
@@ -46,11 +46,13 @@ class Mismatch:
 class Resolve(msgspec.Struct, frozen=True, tag=True):
     ref: Ref
     settings: TransferSettings
+    source: SourceSettings
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=True):
     job: FetchJob
     settings: TransferSettings
+    source: SourceSettings
 
 
 class Verify(msgspec.Struct, frozen=True, tag=True):

@@ -61,11 +61,11 @@ class Worker:
 
     def _do(self, request: Request) -> Reply:
         match request:
-            case Resolve(ref=ref, settings=settings):
-                source = self._origins_for(settings).source_for(ref)
-                return Resolved(patiently(lambda: source.resolve(ref), settings.attempts, time.sleep))
-            case Fetch(job=job, settings=settings):
-                source = self._origins_for(settings).source_for(job.revision.ref)
+            case Resolve(ref=ref, settings=settings, source=about):
+                origins = self._origins_for(settings)
+                return Resolved(patiently(lambda: origins.resolve(ref, about), settings.attempts, time.sleep))
+            case Fetch(job=job, settings=settings, source=about):
+                source = self._origins_for(settings).source_for(job.revision.ref, about)
                 return Fetched(Transfer(job, source, settings, self._sealed, self._advanced).run())
             case Verify(files=files):
                 stand_back()

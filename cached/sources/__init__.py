@@ -8,10 +8,23 @@ no state but connections, and never retry: they say whether trying again can hel
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import os
+from collections.abc import Generator, Mapping
 from typing import Protocol
 
-from cached.model import FileSpec, Ref, Revision
+from cached.config import SourceSettings
+from cached.model import ErrorKind, FileSpec, Ref, Revision, permanent
+from cached.sources.filters import check_attested
+
+OWN_SCHEMES = ("file", "hf", "http", "https", "s3")
+MAX_SOURCES = 64
+# These would read this machine's own files past the checks of file://,
+_LOCAL = frozenset({"asynclocal", "data", "git", "local"})
+# wrap another address that nobody has checked,
+_WRAPPING = frozenset({"asyncwrapper", "blockcache", "cached", "dir", "filecache", "generic", "libarchive"})
+_WRAPPING_TOO = frozenset({"reference", "simplecache", "tar", "zip"})
+# or are another name of one of ours, or (oci) mean something else by ours.
+_OURS = frozenset({"oci", "s3a", *OWN_SCHEMES})
 
 
 class RangesIgnoredError(Exception):
@@ -47,29 +60,87 @@ class Source(Protocol):
 
 
 class Origins:
-    """One source of each kind, made when first needed; connections live as long as this."""
+    """One source for each scheme and settings, made when first needed; connections live as long as this."""
 
-    def __init__(self, connections: int, timeout_s: float) -> None:
+    def __init__(self, connections: int, timeout_s: float, env: Mapping[str, str] | None = None) -> None:
+        """``env`` is where proxies, authorities and tokens are looked for: the process's, unless given."""
         self._connections = connections
         self._timeout_s = timeout_s
-        self._by_kind: dict[str, Source] = {}
+        self._env = os.environ if env is None else env
+        self._made: dict[str, tuple[SourceSettings, Source]] = {}
 
-    def source_for(self, ref: Ref) -> Source:
-        kind = "file" if ref.startswith("file://") else "http"
-        if kind not in self._by_kind:
-            self._by_kind[kind] = self._make(kind)
-        return self._by_kind[kind]
+    def resolve(self, ref: Ref, settings: SourceSettings | None = None) -> Revision:
+        """What ``ref`` is now, as far as its settings allow it. Raises CachedError."""
+        settings = settings or SourceSettings(ref)
+        revision = self.source_for(ref, settings).resolve(ref)
+        check_attested(revision, settings)
+        return revision
 
-    def _make(self, kind: str) -> Source:
-        if kind == "file":
-            from cached.sources.folder import FolderSource
+    def source_for(self, ref: Ref, settings: SourceSettings | None = None) -> Source:
+        """The source that answers for ``ref``. Raises CachedError (INVALID ``UNKNOWN_SCHEME``)."""
+        kind = _kind_of(ref)
+        # Where no table is about a ref, its settings are the defaults, and one source serves all such.
+        settings = settings or SourceSettings(ref)
+        settings = settings if settings != SourceSettings(ref) else SourceSettings(f"{kind}://")
+        place = f"{kind} {settings.prefix}"
+        if place in self._made and self._made[place][0] != settings:
+            self._made.pop(place)[1].close()
+        if place not in self._made:
+            if len(self._made) == MAX_SOURCES:
+                self._made.pop(next(iter(self._made)))[1].close()
+            self._made[place] = (settings, self._make(kind, settings))
+        return self._made[place][1]
 
-            return FolderSource()
-        # Imported late: a worker that copies folders needs no HTTP and no TLS.
-        from cached.sources.http import HttpSource
+    def _make(self, kind: str, settings: SourceSettings) -> Source:
+        # Imported late: a worker that copies folders needs no HTTP, no TLS and no S3.
+        match kind:
+            case "file":
+                from cached.sources.folder import FolderSource
 
-        return HttpSource(self._connections, self._timeout_s)
+                return FolderSource(settings)
+            case "http" | "https":
+                from cached.sources.http import HttpSource
+
+                return HttpSource(settings, self._connections, self._timeout_s, self._env)
+            case "hf":
+                from cached.sources.hub import HubSource
+
+                return HubSource(settings, self._connections, self._timeout_s, self._env)
+            case "s3":
+                from cached.sources.s3 import S3Source
+
+                return S3Source(settings, self._connections, self._timeout_s)
+        from cached.sources.fsspec_source import FsspecSource
+
+        return FsspecSource(settings, self._connections, self._timeout_s, self._env)
 
     def close(self) -> None:
-        for source in self._by_kind.values():
+        for _, source in self._made.values():
             source.close()
+        self._made.clear()
+
+
+def _kind_of(ref: Ref) -> str:
+    scheme = ref.partition("://")[0]
+    if scheme in OWN_SCHEMES:
+        return scheme
+    known = _fsspec_schemes()
+    if scheme in known:
+        return scheme
+    raise permanent(
+        ErrorKind.INVALID,
+        "UNKNOWN_SCHEME",
+        f"{ref}: there is no kind of origin {scheme!r}",
+        f"known are {', '.join([*OWN_SCHEMES, *known])}",
+    )
+
+
+def _fsspec_schemes() -> tuple[str, ...]:
+    """What fsspec can do besides, where it is installed."""
+    try:
+        import fsspec
+    except ImportError:
+        return ()
+    found = set(fsspec.available_protocols()) - _LOCAL - _WRAPPING - _WRAPPING_TOO - _OURS
+    # No scheme of an address has an underscore.
+    return tuple(sorted(name for name in found if "_" not in name))

@@ -13,6 +13,7 @@ import urllib.parse
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+from cached.config import SourceSettings
 from cached.model import (
     MAX_FILES,
     ORIGIN_CHANGED,
@@ -26,6 +27,7 @@ from cached.model import (
     revision_key,
     temporary,
 )
+from cached.sources.filters import select
 from cached.sources.sums import MAX_SUMS_BYTES, SUMS_NAME, check_names, parse_sums
 
 MAX_FOLDERS = 10_000
@@ -33,6 +35,9 @@ RETRY_S = 2.0
 
 
 class FolderSource:
+    def __init__(self, settings: SourceSettings) -> None:
+        self._settings = settings
+
     def resolve(self, ref: Ref) -> Revision:
         """The files that SHA256SUMS lists, or without it every file below the folder, unattested."""
         root = _root(ref)
@@ -43,7 +48,9 @@ class FolderSource:
                 f"{ref}: there is no folder {root} that this process can see",
                 "check the path, and that it is mounted where the daemon runs",
             )
-        files = tuple(_spec(root, path, digest) for path, digest in _listing(root))
+        listing = _listing(root)
+        chosen = select((path for path, _ in listing), self._settings, ref)
+        files = tuple(_spec(root, path, digest) for path, digest in listing if path in chosen)
         return Revision(ref, revision_key(ref, files), files)
 
     def open(self, ref: Ref, spec: FileSpec) -> FolderReader:

@@ -1,24 +1,22 @@
-"""``http(s)://host/dir/``: a folder on a web server as an origin.
+"""``http(s)://host/dir/`` and ``http(s)://host/file#sha256=…``: web servers as origins.
 
-Owns the conversation with such servers: the listing (SHA256SUMS), sizes, ranges, and the reading of
-their answers with suspicion. A range that is not the range that was asked for, a file whose size or
-ETag is not the listed one, an encoded body: each is refused by name. Keeps connections, nothing else.
+Owns the listing (SHA256SUMS), sizes, ranges, and the reading of the answers with suspicion. A range that
+is not the range that was asked for, a file whose size or ETag is not the listed one, an encoded body:
+each is refused by name. Keeps connections, nothing else.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
-import ssl
 import urllib.parse
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from http import HTTPStatus
 
-import urllib3
-from urllib3.exceptions import HTTPError, InvalidHeader, LocationParseError, MaxRetryError
 from urllib3.response import BaseHTTPResponse
 
+from cached.config import SourceSettings
 from cached.model import (
     ORIGIN_CHANGED,
     CachedError,
@@ -27,18 +25,22 @@ from cached.model import (
     FileSpec,
     Ref,
     Revision,
+    check_relative_path,
     permanent,
     revision_key,
     temporary,
 )
 from cached.sources import RangesIgnoredError
+from cached.sources.client import HttpClient, check_plain, check_status
+from cached.sources.filters import select
+from cached.sources.secrets import token_of
 from cached.sources.sums import MAX_SUMS_BYTES, SUMS_NAME, parse_sums
 
-MAX_REDIRECTS = 5
-MAX_HOSTS = 16
 MOST_SIZES_AT_ONCE = 8
-MAX_RETRY_AFTER_S = 3600.0
 RETRY_S = 2.0
+
+Ask = Callable[[Mapping[str, str]], AbstractContextManager[BaseHTTPResponse]]
+"""Gets one file with some headers more."""
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _UNSATISFIED = re.compile(r"bytes \*/(\d+)")
@@ -49,71 +51,55 @@ _NO_HEAD = {
     HTTPStatus.METHOD_NOT_ALLOWED,
     HTTPStatus.NOT_IMPLEMENTED,
 }
-_BUSY = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 
 
 class HttpSource:
-    """Thread-safe; connections are kept and shared by everything that is read through this."""
+    """Thread-safe."""
 
-    def __init__(self, connections: int, timeout_s: float) -> None:
-        self._sizes_at_once = min(connections, MOST_SIZES_AT_ONCE)
-        self._pool = urllib3.PoolManager(
-            num_pools=MAX_HOSTS,
-            maxsize=max(connections, self._sizes_at_once),
-            timeout=urllib3.Timeout(connect=timeout_s, read=timeout_s),
-            # Redirects only: who asks knows better whether and when to ask again.
-            retries=urllib3.Retry(
-                total=MAX_REDIRECTS,
-                redirect=MAX_REDIRECTS,
-                connect=0,
-                read=0,
-                status=0,
-                other=0,
-                respect_retry_after_header=False,
-            ),
-            headers={"Accept-Encoding": "identity", "User-Agent": "cached"},
-        )
+    def __init__(
+        self, settings: SourceSettings, connections: int, timeout_s: float, env: Mapping[str, str]
+    ) -> None:
+        self._settings = settings
+        self._env = env
+        self._at_once = min(connections, MOST_SIZES_AT_ONCE)
+        self._client = HttpClient(max(connections, self._at_once), timeout_s, env)
 
     def resolve(self, ref: Ref) -> Revision:
-        """What SHA256SUMS lists, with sizes and ETags asked for each file."""
-        sums = parse_sums(self._read_sums(ref + SUMS_NAME), ref + SUMS_NAME)
-        executor = ThreadPoolExecutor(self._sizes_at_once)
+        """What SHA256SUMS lists, or the one file that the ref names; sizes and ETags asked for each."""
+        address, _, digest = ref.partition("#sha256=")
+        if digest:
+            listed = {_name_of(address): Digest(digest)}
+        else:
+            listed = parse_sums(self._read_sums(ref + SUMS_NAME), ref + SUMS_NAME)
+        chosen = select(listed, self._settings, ref)
+        wanted = [(path, digest) for path, digest in listed.items() if path in chosen]
+        executor = ThreadPoolExecutor(self._at_once)
         try:
-            files = tuple(executor.map(lambda entry: self._spec(ref, *entry), sums.items()))
+            files = tuple(executor.map(lambda entry: self._spec(_url(ref, entry[0]), *entry), wanted))
         finally:
             executor.shutdown(cancel_futures=True)
         return Revision(ref, revision_key(ref, files), files)
 
     def open(self, ref: Ref, spec: FileSpec) -> HttpReader:
-        return HttpReader(self, _url(ref, spec.path), spec)
+        url = _url(ref, spec.path)
+
+        def ask(headers: Mapping[str, str]) -> AbstractContextManager[BaseHTTPResponse]:
+            return self._request("GET", url, headers)
+
+        return HttpReader(ask, url, spec, spec.version)
 
     def close(self) -> None:
-        self._pool.clear()
+        self._client.close()
 
-    @contextlib.contextmanager
-    def request(
+    def _request(
         self, method: str, url: str, headers: Mapping[str, str] | None = None
-    ) -> Iterator[BaseHTTPResponse]:
-        """One answer, its body unread. The connection is kept for the next request if it was read whole."""
-        with _errors(url):
-            merged = {**self._pool.headers, **(headers or {})}
-            response = self._pool.request(
-                method, url, headers=merged, preload_content=False, decode_content=False
-            )
-            try:
-                yield response
-            except BaseException:
-                response.close()
-                raise
-            if response.length_remaining == 0:
-                # Also an answer without a body has to be read, or its connection cannot be used again.
-                response.drain_conn()
-                response.release_conn()
-            else:
-                response.close()
+    ) -> AbstractContextManager[BaseHTTPResponse]:
+        token = token_of(self._settings, self._env)
+        own = {"Authorization": f"Bearer {token}"} if token else {}
+        return self._client.request(method, url, {**own, **(headers or {})})
 
     def _read_sums(self, url: str) -> bytes:
-        with self.request("GET", url) as response:
+        with self._request("GET", url) as response:
             if response.status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
                 raise permanent(
                     ErrorKind.NOT_FOUND,
@@ -121,30 +107,29 @@ class HttpSource:
                     f"{url} is missing: without it nobody can say which files there are, or prove them",
                     f"put it beside the files: sha256sum -- * > {SUMS_NAME}; or correct the ref",
                 )
-            _check_status(response, url)
-            _check_plain(response, url)
+            check_status(response, url)
+            check_plain(response, url)
             # A server may send a body in pieces; one byte more than the bound tells that it is broken.
             data = bytearray()
             while len(data) <= MAX_SUMS_BYTES and (piece := response.read(64 * 1024)):
                 data += piece
             return bytes(data)
 
-    def _spec(self, ref: Ref, path: str, digest: Digest) -> FileSpec:
-        url = _url(ref, path)
-        with self.request("HEAD", url) as response:
+    def _spec(self, url: str, path: str, digest: Digest) -> FileSpec:
+        with self._request("HEAD", url) as response:
             if response.status not in _NO_HEAD:
-                _check_status(response, url)
-                _check_plain(response, url)
+                check_status(response, url)
+                check_plain(response, url)
                 size = response.headers.get("Content-Length", "")
                 if size.isdecimal():
                     return FileSpec(path, int(size), digest, _version(response))
         return self._spec_by_range(url, path, digest)
 
     def _spec_by_range(self, url: str, path: str, digest: Digest) -> FileSpec:
-        with self.request("GET", url, {"Range": "bytes=0-0"}) as response:
+        with self._request("GET", url, {"Range": "bytes=0-0"}) as response:
             if response.status != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                _check_status(response, url)
-                _check_plain(response, url)
+                check_status(response, url)
+                check_plain(response, url)
             size = _told_size(response)
             response.close()
         if size is None:
@@ -160,17 +145,19 @@ class HttpSource:
 class HttpReader:
     """Each range is one request; threads read at once, each over a connection of its own."""
 
-    def __init__(self, source: HttpSource, url: str, spec: FileSpec) -> None:
-        self._source = source
+    def __init__(self, ask: Ask, url: str, spec: FileSpec, etag: str) -> None:
+        """``etag``: what the file's has to be; empty where its address never has other content."""
+        self._ask = ask
         self._url = url
         self._spec = spec
+        self._etag = etag
 
     def read(self, start: int, stop: int, view: memoryview) -> Generator[int, None, None]:
         assert 0 <= start < stop <= self._spec.size_bytes
         whole = start == 0 and stop == self._spec.size_bytes
         # For the whole file a range would only give a server more to get wrong.
         headers = {} if whole else {"Range": f"bytes={start}-{stop - 1}"}
-        with self._source.request("GET", self._url, headers) as response:
+        with self._ask(headers) as response:
             self._check_answer(response, start, stop, whole)
             position = start
             while position < stop:
@@ -190,8 +177,8 @@ class HttpReader:
         if response.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             told = _told_size(response)
             raise self._wrong_size("fewer" if told is None else str(told))
-        _check_status(response, self._url)
-        _check_plain(response, self._url)
+        check_status(response, self._url)
+        check_plain(response, self._url)
         self._check_version(response)
         told = _told_size(response)
         if told is not None and told != size:
@@ -204,11 +191,11 @@ class HttpReader:
 
     def _check_version(self, response: BaseHTTPResponse) -> None:
         found = _version(response)
-        if found and self._spec.version and found != self._spec.version:
+        if found and self._etag and found != self._etag:
             raise permanent(
                 ErrorKind.FAILED,
                 ORIGIN_CHANGED,
-                f"{self._url} was changed after it was listed: it was {self._spec.version}, and is {found}",
+                f"{self._url} was changed after it was listed: it was {self._etag}, and is {found}",
                 "ask again, and it is listed anew; better, write each version into a folder of its own",
             )
 
@@ -244,7 +231,19 @@ class HttpReader:
 
 
 def _url(ref: Ref, path: str) -> str:
-    return ref + urllib.parse.quote(path)
+    address, mark, _ = ref.partition("#sha256=")
+    return address if mark else ref + urllib.parse.quote(path)
+
+
+def _name_of(address: str) -> str:
+    """What a single file is called here. Raises CachedError where its address ends in no file's name."""
+    name = urllib.parse.unquote(address.rpartition("/")[2])
+    check_relative_path(name)
+    if "/" in name:
+        raise permanent(
+            ErrorKind.INVALID, "BAD_REF", f"{address} does not end in a file's name", "correct the ref"
+        )
+    return name
 
 
 def _version(response: BaseHTTPResponse) -> str:
@@ -265,98 +264,3 @@ def _told_size(response: BaseHTTPResponse) -> int | None:
         return int(found[3]) if found and found[3] != "*" else None
     length = response.headers.get("Content-Length", "")
     return int(length) if length.isdecimal() else None
-
-
-def _check_plain(response: BaseHTTPResponse, url: str) -> None:
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        raise permanent(
-            ErrorKind.FAILED,
-            "ORIGIN_ENCODES",
-            f"{url}: the server sends Content-Encoding {encoding[:40]!r} where identity was asked for",
-            "switch compression off for this folder",
-        )
-
-
-def _check_status(response: BaseHTTPResponse, url: str) -> None:
-    """Raises CachedError unless the answer carries content."""
-    status = response.status
-    if status in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
-        return
-    said = f"{url}: the server answered {status} {response.reason or ''}".rstrip()
-    if status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
-        raise permanent(
-            ErrorKind.NOT_FOUND,
-            "MISSING_FILE",
-            f"{url} is missing at the origin, which answered {status}",
-            f"put it there, or take it out of {SUMS_NAME}",
-        )
-    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-        raise permanent(
-            ErrorKind.DENIED, "ORIGIN_DENIED", said, "let this node read the folder, or correct the ref"
-        )
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _BUSY:
-        raise temporary(
-            "ORIGIN_UNAVAILABLE",
-            said,
-            "see the origin's own log; it is asked again",
-            _retry_after_s(response),
-        )
-    raise permanent(
-        ErrorKind.FAILED, "ORIGIN_REFUSED", said, "open this address by hand, and correct the ref"
-    )
-
-
-def _retry_after_s(response: BaseHTTPResponse) -> float:
-    header = response.headers.get("Retry-After")
-    if header is None:
-        return 0.0
-    with contextlib.suppress(InvalidHeader, OverflowError):
-        return min(max(0.0, urllib3.Retry().parse_retry_after(header)), MAX_RETRY_AFTER_S)
-    return 0.0
-
-
-@contextlib.contextmanager
-def _errors(url: str) -> Iterator[None]:
-    try:
-        yield
-    except (HTTPError, OSError) as error:
-        raise _connection_error(error, url) from error
-
-
-def _connection_error(error: Exception, url: str) -> CachedError:
-    cause: BaseException = error
-    if isinstance(error, MaxRetryError) and error.reason is not None:
-        cause = error.reason
-    if isinstance(cause, urllib3.exceptions.ResponseError):
-        return permanent(
-            ErrorKind.FAILED,
-            "TOO_MANY_REDIRECTS",
-            f"{url}: the server redirects more than {MAX_REDIRECTS} times",
-            "name the address that it leads to",
-        )
-    if isinstance(cause, urllib3.exceptions.LocationValueError | LocationParseError):
-        return permanent(ErrorKind.INVALID, "BAD_REF", f"{url} is no address: {cause}", "correct the ref")
-    if _has_cause(cause, ssl.SSLCertVerificationError):
-        return permanent(
-            ErrorKind.DENIED,
-            "ORIGIN_CERTIFICATE",
-            f"{url}: the server's certificate is not trusted: {cause}",
-            "add the authority that signed it to this node's trusted ones (SSL_CERT_FILE)",
-        )
-    return temporary(
-        "ORIGIN_UNREACHABLE",
-        f"{url}: {cause}"[:500],
-        "check that the origin runs, and that this node reaches it; it is asked again",
-        0.0,
-    )
-
-
-def _has_cause(error: BaseException | None, kind: type[BaseException]) -> bool:
-    for _ in range(8):
-        if error is None:
-            return False
-        if isinstance(error, kind) or any(isinstance(part, kind) for part in error.args):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
