@@ -95,7 +95,7 @@ def locked_bytes(pid: int | str = "self") -> int:
 
 
 def may_lock(size_bytes: int) -> bool:
-    """Whether this process, or one that it starts, may lock that much: root may, others as far as their limit.
+    """Whether this process, or one that it starts, may lock that much: root may, others within their limit.
 
     What a test locks in any case is at most 64 KiB, which Linux has always given to everybody.
     """

@@ -323,7 +323,7 @@ def test_the_limit_of_the_group_that_it_runs_in_is_kept(tmp_path: Path, big: Man
 
 
 def put_promised(data_dir: Path, size_bytes: int) -> Manifest:
-    """An artifact of which only the manifest is there: what has no room is refused before anything is read."""
+    """An artifact of which only the manifest is there: the want of room shows before anything is read."""
     chunks = -(-size_bytes // CHUNK_BYTES)
     blob = Blob(Digest("0" * 64), size_bytes, ("0" * 32,) * chunks)
     return put_manifest(data_dir, (ManifestFile("promised", blob),))

@@ -201,7 +201,7 @@ def test_prefetch_leaves_nothing_but_the_model(shared: NodeKit, tmp_path: Path) 
     [
         ("prefetch",),
         ("prefetch", "nonsense"),
-        ("prefetch", "nosuch://host/m"),
+        ("prefetch", "nosuch://host/m", "--wait"),
         ("pin", "file:///m", "--on", "tape"),
         ("path", "file:///m", "--ttl", "0"),
         ("path", "file:///m", "--ttl", "99999999"),
