@@ -35,9 +35,13 @@ os.execv(sys.executable, [sys.executable, "-c", code])
 """
 
 # Only root can become another user; who is not, stays. The interpreter need not be readable for others, so
-# everything is imported before the user is changed.
+# everything is imported before the user is changed: by a call, as gRPC imports much of itself only then.
 OTHER_USER = """
-import os, sys, cached, cached.client.granting
+import os, sys, cached, cached.client.granting, cached.client.handoff, cached.client.model
+from cached.client.rpc import connect, resolve_address
+from cached.v1 import model_cache_pb2 as pb, model_cache_pb2_grpc as rpc
+with connect(resolve_address()) as channel:
+    rpc.ModelCacheStub(channel).List(pb.ListRequest())
 if os.geteuid() == 0:
     os.setgroups([])
     os.setresgid(65534, 65534, 65534)
