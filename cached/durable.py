@@ -469,14 +469,14 @@ def _open_part(path: Path) -> tuple[int, bool]:
     """The flocked descriptor of the file that has this name now, and whether it holds nothing yet."""
     for _ in range(OPEN_TRIES):
         with _world(path):
-            _unseal(path)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
+            access = os.O_RDWR if _unseal(path) else os.O_RDONLY
+            fd = os.open(path, access | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
             with contextlib.ExitStack() as undo:
                 undo.callback(os.close, fd)
                 if not _try_flock(fd):
                     raise _busy(path)
                 found = os.fstat(fd)
-                if found.st_nlink == 1:
+                if found.st_nlink == 1 and access == os.O_RDWR:
                     undo.pop_all()
                     return fd, found.st_size == 0
                 if found.st_nlink > 1:
@@ -484,13 +484,17 @@ def _open_part(path: Path) -> tuple[int, bool]:
     raise _busy(path)
 
 
-def _unseal(path: Path) -> None:
+def _unseal(path: Path) -> bool:
+    """Whether the file may be opened for writing."""
     # A worker that died between sealing and reporting left a read-only file, which only root could open
     # for writing. A file with a second name is a committed blob whose old name outlived a power cut: it
     # stays sealed, and _open_part gives up this name for it.
     found = _lstat(path)
-    if found is not None and found.st_nlink == 1 and not found.st_mode & stat.S_IWUSR:
+    if found is None or found.st_mode & stat.S_IWUSR:
+        return True
+    if found.st_nlink == 1:
         path.chmod(FILE_MODE)
+    return found.st_nlink == 1
 
 
 def _busy(path: Path) -> CachedError:

@@ -175,7 +175,9 @@ def test_a_blob_is_missing(tmp_path: Path, manifest: Manifest) -> None:
 
 
 def test_a_blob_has_the_wrong_size(tmp_path: Path, manifest: Manifest) -> None:
-    os.truncate(blob_path(tmp_path, manifest.files[2].blob.sha256), 77)
+    path = blob_path(tmp_path, manifest.files[2].blob.sha256)
+    path.chmod(0o644)
+    os.truncate(path, 77)
     problem = refused(unlocked(tmp_path), manifest).problem
     assert (problem.kind, problem.reason) == (ErrorKind.DATA_LOSS, "BLOB_SIZE")
     assert "has 77 bytes" in problem.message and str(len(BIG)) in problem.message
