@@ -29,8 +29,11 @@ log = structlog.get_logger("cached.node")
 class Core:
     """State, events and waiters. ``start_action`` begins an action's effect; it must not block or raise."""
 
-    def __init__(self, state: State, start_action: Callable[[t.Action], None]) -> None:
+    def __init__(
+        self, state: State, start_action: Callable[[t.Action], None], most_claims: int = MAX_CLAIMS
+    ) -> None:
         self.state = state
+        self._most_claims = most_claims
         self._start_action = start_action
         self._events: deque[t.Event] = deque()
         self._wake = asyncio.Event()
@@ -71,10 +74,14 @@ class Core:
 
     # --- claims and their makers ------------------------------------------------------------
 
+    def check_room(self) -> None:
+        """To be asked before any new claim is made or promised. Raises CachedError (NO_ROOM)."""
+        if len(self.state.claims) + len(self._events) >= self._most_claims:
+            raise _too_many_claims(self._most_claims)
+
     def claim(self, claim: Claim) -> asyncio.Future[None]:
         """Make a claim. The future ends when it is granted, or raises the CachedError that refuses it."""
-        if len(self.state.claims) >= MAX_CLAIMS:
-            raise _too_many_claims()
+        self.check_room()
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters[claim.id] = future
         self.post(t.ClaimMade(claim))
@@ -126,10 +133,10 @@ class Core:
                 future.cancel()
 
 
-def _too_many_claims() -> CachedError:
+def _too_many_claims(most: int) -> CachedError:
     return temporary(
         "TOO_MANY_CLAIMS",
-        f"{MAX_CLAIMS} claims are on this node already",
+        f"{most} claims are on this node already",
         "end what is not needed; 'cachectl ls' shows the claims",
         10.0,
         ErrorKind.NO_ROOM,

@@ -225,6 +225,7 @@ class Node:
 
     async def prefetch(self, ref: Ref, wait: bool) -> AsyncGenerator[Progress | ModelView]:
         """Fetch and prove, also if nobody waits any more; leaves no claim behind."""
+        self._core.check_room()
         claim = self._new_claim(ClaimKind.PREFETCH, ref, DISK, fresh=True)
         await self._effects.promise(claim)
         self._core.post(t.ClaimMade(claim))
@@ -235,6 +236,7 @@ class Node:
     async def pin(self, ref: Ref, device: Device, wait: bool) -> AsyncGenerator[Progress | ModelView]:
         """Keep there until unpinned. What is here already is kept from this moment; the origin is asked
         beside that for what is newer."""
+        self._core.check_room()
         name = hashlib.sha256(f"{ref}\0{device}".encode()).hexdigest()[:32]
         pin = Claim(ClaimId(f"pin-{name}"), ClaimKind.PIN, ref, device, time.time())
         if pin.id not in self._core.state.claims:
