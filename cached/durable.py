@@ -27,6 +27,8 @@ from cached.model import CachedError, ErrorKind, permanent, temporary
 DIR_MODE = 0o755
 FILE_MODE = 0o644
 SEALED_MODE = 0o444
+DIRECT_BYTES = 4096
+"""What writes past the page cache are aligned to: the largest block that disks commonly have."""
 OPEN_TRIES = 3
 """A partial blob can lose its name between open and flock; more often than this it is no accident."""
 RETRY_DISK_FULL_S = 30.0
@@ -386,20 +388,23 @@ class Partial:
     proves each line against the bytes, so a lost or a stale one costs a fetch and nothing else.
     """
 
-    __slots__ = ("_fd", "_journal_fd", "_journal_path", "_path", "size_bytes")
+    __slots__ = ("_direct_fd", "_fd", "_journal_fd", "_journal_path", "_path", "size_bytes")
 
-    def __init__(self, path: Path, journal_path: Path, fd: int, journal_fd: int, size_bytes: int) -> None:
+    def __init__(
+        self, path: Path, journal_path: Path, fd: int, journal_fd: int, direct_fd: int, size_bytes: int
+    ) -> None:
         """For ``open`` only."""
         self._path, self._journal_path = path, journal_path
-        self._fd, self._journal_fd = fd, journal_fd
+        self._fd, self._journal_fd, self._direct_fd = fd, journal_fd, direct_fd
         self.size_bytes = size_bytes
 
     @classmethod
-    def open(cls, part_path: Path, journal_path: Path, size_bytes: int) -> Self:
+    def open(cls, part_path: Path, journal_path: Path, size_bytes: int, direct: bool = False) -> Self:
         """Take or make the partial blob, with all its space reserved.
 
-        Raises CachedError: ``INGEST_BUSY`` (temporary) while another process has it, ``DISK_FULL``
-        (NO_ROOM) when the space is not there.
+        ``direct`` writes past the page cache whatever lies on block borders, in file and in memory, where
+        the file system can do that. Raises CachedError: ``INGEST_BUSY`` (temporary) while another process
+        has it, ``DISK_FULL`` (NO_ROOM) when the space is not there.
         """
         fd, made = _open_part(part_path)
         with contextlib.ExitStack() as undo:
@@ -408,13 +413,31 @@ class Partial:
                 _reserve(fd, size_bytes)
             with _world(journal_path):
                 journal_fd = _open_journal(journal_path, anew=made)
+            undo.callback(os.close, journal_fd)
+            with _world(part_path):
+                direct_fd = _open_direct(part_path) if direct else -1
             undo.pop_all()
-        return cls(part_path, journal_path, fd, journal_fd, size_bytes)
+        return cls(part_path, journal_path, fd, journal_fd, direct_fd, size_bytes)
 
     def write_at(self, view: memoryview, offset_bytes: int) -> None:
         assert offset_bytes >= 0 and offset_bytes + view.nbytes <= self.size_bytes
+        view = view.cast("B")
         with _world(self._path):
-            _write_all(self._fd, view.cast("B"), offset_bytes)
+            done = self._write_direct(view, offset_bytes)
+            _write_all(self._fd, view[done:], offset_bytes + done)
+
+    def _write_direct(self, view: memoryview, offset_bytes: int) -> int:
+        """The number of bytes from the front that went past the page cache."""
+        whole = len(view) - len(view) % DIRECT_BYTES
+        if self._direct_fd < 0 or offset_bytes % DIRECT_BYTES or not whole:
+            return 0
+        try:
+            _write_all(self._direct_fd, view[:whole], offset_bytes)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return 0  # this place in memory is not aligned, or the device wants larger blocks
+        return whole
 
     def read_into(self, view: memoryview, offset_bytes: int) -> int:
         """The number of bytes read: fewer than asked for only at the end of the file."""
@@ -451,7 +474,8 @@ class Partial:
 
     def close(self) -> None:
         """Give up the flock. Calling it again does nothing."""
-        fds, self._fd, self._journal_fd = (self._fd, self._journal_fd), -1, -1
+        fds = (self._fd, self._journal_fd, self._direct_fd)
+        self._fd = self._journal_fd = self._direct_fd = -1
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
@@ -519,6 +543,16 @@ def _reserve(fd: int, size_bytes: int) -> None:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         os.ftruncate(fd, size_bytes)  # this file system cannot reserve: a full disk shows when written
+
+
+def _open_direct(path: Path) -> int:
+    """A descriptor that writes past the page cache; -1 where this file system has only its cache."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return -1
 
 
 def _open_journal(path: Path, anew: bool) -> int:

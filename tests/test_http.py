@@ -61,7 +61,7 @@ def test_a_single_file_with_its_digest_is_a_model(site: Site) -> None:
     assert (spec.path, spec.size_bytes, spec.sha256, spec.version) == ("my model.gguf", 3000, HEX, '"1"')
     view = memoryview(bytearray(1000))
     reader = origins.source_for(ref).open(ref, spec)
-    assert b"".join(bytes(view[:count]) for count in reader.read(0, 3000, view)) == DATA
+    assert b"".join(bytes(view[:count]) for count in reader.read(0, 3000, lambda: view)) == DATA
     assert {path for _, path, _ in site.asked} == {"/m/my%20model.gguf"}
     origins.close()
 

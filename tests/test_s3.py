@@ -74,7 +74,7 @@ def read_range(source: S3Source, spec: FileSpec, start: int, stop: int, ref: Ref
     reader = source.open(ref, spec)
     view = memoryview(bytearray(1000))
     try:
-        return b"".join(bytes(view[:count]) for count in reader.read(start, stop, view))
+        return b"".join(bytes(view[:count]) for count in reader.read(start, stop, lambda: view))
     finally:
         reader.close()
 
@@ -307,7 +307,7 @@ def test_ranges_come_in_pieces(store: Store, source: S3Source) -> None:
     assert read_range(source, spec, 1000, 3500) == DATA[1000:3500]
     view = memoryview(bytearray(100))
     for _ in range(10):
-        reading = source.open(REF, spec).read(0, 5120, view)
+        reading = source.open(REF, spec).read(0, 5120, lambda: view)
         assert next(reading) == 100
         reading.close()
     assert read_range(source, spec, 5119, 5120) == DATA[-1:]

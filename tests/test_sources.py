@@ -103,7 +103,7 @@ def read_all(source: Source, revision: Revision, index: int, start: int, stop: i
     reader = source.open(revision.ref, revision.files[index])
     view = memoryview(bytearray(1000))
     try:
-        return b"".join(bytes(view[:count]) for count in reader.read(start, stop, view))
+        return b"".join(bytes(view[:count]) for count in reader.read(start, stop, lambda: view))
     finally:
         reader.close()
 
@@ -214,7 +214,7 @@ def test_a_file_that_is_changed_after_it_was_listed_is_noticed(tmp_path: Path, o
     reader = source.open(ref, revision.files[0])
     view = memoryview(bytearray(1000))
     with pytest.raises(CachedError) as caught:
-        for _ in reader.read(0, 5000, view):
+        for _ in reader.read(0, 5000, lambda: view):
             (tmp_path / "a").write_bytes(b"b" * 2500)
     problem = problem_of(caught)
     assert problem.reason == "ORIGIN_CHANGED" and not problem.temporary
@@ -278,7 +278,7 @@ def test_leaving_a_range_early_leaves_nothing_behind(source: Source, ref: Ref, s
     revision = source.resolve(ref)
     view = memoryview(bytearray(100))
     for _ in range(10):
-        reading = source.open(ref, revision.files[0]).read(0, 5120, view)
+        reading = source.open(ref, revision.files[0]).read(0, 5120, lambda: view)
         assert next(reading) == 100
         reading.close()
     assert read_all(source, revision, 0, 0, 5120) == (served / "a.dat").read_bytes()

@@ -8,6 +8,7 @@ the sha256. Knows no origin and no thread but its callers'.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,33 +19,66 @@ import xxhash
 from cached import safetensors
 from cached.durable import Partial, RealFs
 from cached.fetch import checksums
+from cached.fetch.kernel import Writeback
 from cached.model import CHUNK_BYTES, Blob, CachedError, Digest, ErrorKind, FileSpec, Tensor, permanent
 
+PIECE_BYTES = 256 * 1024
+"""What is read at once: this still fits a core's cache when it is hashed."""
+WRITE_BYTES = 1024 * 1024
+"""What is written at once."""
+
 _LINE = re.compile(r"(\d{1,9}) ([0-9a-f]{32})")
+
+
+class Buffers:
+    """A bounded number of reused places in memory, of one chunk each; they are made when first needed.
+
+    Fresh memory costs more than the network. They begin at a page, as writing past the page cache needs.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+        self._free: list[memoryview] = []
+
+    def take(self) -> memoryview | None:
+        """None while all are in use."""
+        if self._free:
+            return self._free.pop()
+        if not self._left:
+            return None
+        self._left -= 1
+        return memoryview(mmap.mmap(-1, CHUNK_BYTES))
+
+    def give(self, buffer: memoryview) -> None:
+        self._free.append(buffer)
 
 
 @dataclass(slots=True)
 class Part:
     """``recorded[i]`` is chunk i's xxh3_128 once its bytes are in place, None until then.
 
-    ``missing`` are the chunks that nobody has in hand, in order. ``sequential`` once the origin turned
-    out to ignore ranges; ``streaming`` while one thread reads the whole file.
+    ``missing`` are the chunks that nobody has in hand, in order; ``in_hand`` counts those that somebody has.
+    ``held`` are chunks whose bytes are still in memory as well, for whoever proves them. ``sequential``
+    once the origin turned out to ignore ranges; ``streaming`` while one thread reads the whole file.
     """
 
     index: int
     spec: FileSpec
     partial: Partial
+    writeback: Writeback
     recorded: list[str | None]
     missing: list[int] = field(default_factory=list)
+    held: dict[int, memoryview] = field(default_factory=dict)
+    in_hand: int = 0
     sequential: bool = False
     streaming: bool = False
 
     @classmethod
-    def resume(cls, index: int, spec: FileSpec, partial: Partial) -> Part:
+    def resume(cls, index: int, spec: FileSpec, partial: Partial, writeback: Writeback) -> Part:
         """Start from what the journal claims to be in place."""
         recorded = _read_journal(partial.lines(), chunk_count(spec.size_bytes))
         missing = [chunk for chunk, digest in enumerate(recorded) if digest is None]
-        return cls(index, spec, partial, recorded, missing)
+        return cls(index, spec, partial, writeback, recorded, missing)
 
     def bounds(self, chunk: int) -> tuple[int, int]:
         start = chunk * CHUNK_BYTES
@@ -58,49 +92,119 @@ class Part:
     def recorded_bytes(self) -> int:
         return sum(self.size_of(chunk) for chunk, digest in enumerate(self.recorded) if digest is not None)
 
-    def record(self, chunk: int, digest: str) -> None:
-        """Say that a chunk's bytes are in place. A later line for the same chunk counts."""
-        self.partial.record(f"{chunk} {digest}")
-        self.recorded[chunk] = digest
+    def may_hold(self, chunk: int) -> bool:
+        """Whether the proof will get to this chunk without anybody having to take another first: who waits
+        for a free buffer must never wait for somebody who waits for one too."""
+        return not self.missing or self.missing[0] > chunk
 
-    def give_back(self, chunk: int) -> None:
-        """Chunk ``chunk`` is to be fetched (again)."""
+    def give_back(self, chunk: int) -> list[memoryview]:
+        """Chunk ``chunk`` is to be fetched (again). The answer: buffers that may not be held any more."""
         self.recorded[chunk] = None
         self.missing = sorted({*self.missing, chunk})
+        return [self.held.pop(later) for later in sorted(self.held) if not self.may_hold(later)]
 
 
 class Filling:
-    """One chunk being written in order, hashed on the way."""
+    """One chunk being filled in order, hashed and written on the way."""
 
-    __slots__ = ("_hash", "chunk", "part", "position", "stop")
+    __slots__ = ("_hash", "_start", "_written", "buffer", "chunk", "part", "position", "stop")
 
-    def __init__(self, part: Part, chunk: int) -> None:
+    def __init__(self, part: Part, chunk: int, buffer: memoryview) -> None:
         self.part = part
         self.chunk = chunk
-        self.position, self.stop = part.bounds(chunk)
+        self.buffer = buffer
+        self._start, self.stop = part.bounds(chunk)
+        self.position = self._written = self._start
         self._hash = xxhash.xxh3_128()
 
-    def add(self, view: memoryview) -> None:
-        self.part.partial.write_at(view, self.position)
-        self._hash.update(view)
-        self.position += len(view)
+    def space(self) -> memoryview:
+        """Where the next bytes go: at most a piece, and at most the chunk's rest."""
+        begin = self.position - self._start
+        return self.buffer[begin : min(begin + PIECE_BYTES, self.stop - self._start)]
+
+    def add(self, count: int) -> None:
+        """``count`` bytes are in the space."""
+        begin = self.position - self._start
+        self._hash.update(self.buffer[begin : begin + count])
+        self.position += count
+        if self.position == self.stop or self.position - self._written >= WRITE_BYTES:
+            self._write()
+
+    def _write(self) -> None:
+        begin, end = self._written - self._start, self.position - self._start
+        if self.position < self.stop:
+            end -= end % WRITE_BYTES
+        self.part.partial.write_at(self.buffer[begin:end], self._written)
+        self._written = self._start + end
+
+    @property
+    def filled_bytes(self) -> int:
+        return self.position - self._start
 
     @property
     def digest(self) -> str:
-        assert self.position == self.stop
+        assert self.position == self._written == self.stop
         return self._hash.hexdigest()
 
 
-class Proof:
-    """The sha256 of a part, taken chunk after chunk from what the disk gives back."""
+class Stream:
+    """A file that is read from its start: its wanted chunks are filled, one after the other.
 
-    def __init__(self, part: Part, view: memoryview) -> None:
+    The others are in place or in another thread's hand, and must not be written beside it.
+    """
+
+    __slots__ = ("_filling", "_part", "_position", "buffer", "wanted")
+
+    def __init__(self, part: Part, wanted: set[int], buffer: memoryview) -> None:
         self._part = part
-        self._view = view
+        self._position = 0
+        self._filling: Filling | None = None
+        self.wanted = wanted
+        self.buffer = buffer
+
+    def begin(self) -> int:
+        """Begin at the start, (again) with the first chunk that is wanted still; says how many bytes of the
+        attempt before are given up."""
+        given_up = self._filling.filled_bytes if self._filling is not None else 0
+        self._position, self._filling = 0, None
+        return given_up
+
+    def space(self) -> memoryview:
+        chunk = self._position // CHUNK_BYTES
+        if chunk in self.wanted:
+            self._filling = self._filling or Filling(self._part, chunk, self.buffer)
+            return self._filling.space()
+        return self.buffer[: min(PIECE_BYTES, self._part.bounds(chunk)[1] - self._position)]
+
+    def add(self, count: int) -> Filling | None:
+        """``count`` bytes are in the space. The answer: the chunk that they belong to, where it is wanted."""
+        self._position += count
+        filling = self._filling
+        if filling is not None:
+            filling.add(count)
+            if filling.position == filling.stop:
+                self.wanted.discard(filling.chunk)
+                self._filling = None
+        return filling
+
+
+class Proof:
+    """The sha256 of a part, taken chunk after chunk: of fresh bytes while they are still in memory, of what
+    an earlier run left from what the disk gives back."""
+
+    def __init__(self, part: Part) -> None:
+        self._part = part
+        self._view = memoryview(bytearray(PIECE_BYTES))
         self._sha256 = hashlib.sha256()
         self._checksum = checksums.begin(part.spec)
 
-    def take(self, chunk: int) -> bool:
+    def take(self, buffer: memoryview) -> None:
+        """The next chunk, as it stands in memory. Its xxh3_128 was taken of the same bytes."""
+        self._sha256.update(buffer)
+        if self._checksum is not None:
+            self._checksum.update(buffer)
+
+    def read(self, chunk: int) -> bool:
         """Read the next chunk. False, and as if nothing had been read, when it is not what was recorded."""
         before = self._sha256.copy()
         checksum_before = self._checksum.copy() if self._checksum is not None else None

@@ -22,9 +22,11 @@ from cached.durable import FsyncFailed, Partial, world_error
 from cached.fetch.kernel import Writeback, stand_back
 from cached.fetch.pace import RateLimit, patiently
 from cached.fetch.part import (
+    Buffers,
     Filling,
     Part,
     Proof,
+    Stream,
     chunk_count,
     discard,
     part_paths,
@@ -32,7 +34,6 @@ from cached.fetch.part import (
 )
 from cached.fetch.wire import MAX_MANIFEST_TENSORS, FetchJob
 from cached.model import (
-    CHUNK_BYTES,
     Blob,
     CachedError,
     Digest,
@@ -43,10 +44,10 @@ from cached.model import (
     artifact_id,
     permanent,
 )
-from cached.sources import RangesIgnoredError, Reader, Source
+from cached.sources import RangesIgnoredError, Reader, Source, Space
 
-BUFFER_BYTES = 256 * 1024
-"""Larger buffered writes are sometimes ten times slower, and this still fits a core's cache."""
+SPARE_BUFFERS = 2
+"""More than there are downloaders, so that these go on while the proof catches up."""
 PROGRESS_S = 0.1
 
 
@@ -80,6 +81,7 @@ class Transfer:
         # One lock for everything below; it is held for moments, never while disk or origin are asked.
         self._changed = threading.Condition()
         self._todo: deque[int] = deque()
+        self._buffers = Buffers(settings.connections + SPARE_BUFFERS)
         self._open: list[tuple[Part, Reader]] = []
         self._blobs: list[Blob | None] = list(job.have)
         self._tensors: dict[int, tuple[Tensor, ...]] = {}
@@ -140,11 +142,11 @@ class Transfer:
             thread.start()
         return threads
 
-    def _guarded(self, job: Callable[[memoryview], None]) -> None:
+    def _guarded(self, job: Callable[[], None]) -> None:
         if self._job.background:
             stand_back()
         try:
-            job(memoryview(bytearray(BUFFER_BYTES)))
+            job()
         except _StoppedError:
             pass
         except BaseException as error:  # whatever it is, run() raises it, and the process ends
@@ -158,94 +160,94 @@ class Transfer:
 
     # --- downloaders ------------------------------------------------------------------------
 
-    def _download(self, view: memoryview) -> None:
+    def _download(self) -> None:
         while True:
-            part, reader, chunks = self._take()
+            part, reader, chunks, buffer = self._take()
             if part.sequential:
-                self._download_whole(part, reader, set(chunks), view)
+                self._download_whole(part, reader, set(chunks), buffer)
             else:
-                self._download_chunk(part, reader, chunks[0], view)
+                self._download_chunk(part, reader, Filling(part, chunks[0], buffer))
 
-    def _take(self) -> tuple[Part, Reader, list[int]]:
-        """The first chunk that nobody has in hand; of a file without ranges, all of them."""
+    def _take(self) -> tuple[Part, Reader, list[int], memoryview]:
+        """The first chunk that nobody has in hand, of the file that has the fewest in hand, so that several
+        files are proven at once; of a file without ranges, all of them. And a buffer."""
         with self._changed:
             while not self._stop.is_set():
-                for part, reader in self._open:
-                    if not part.missing or part.streaming:
-                        continue
+                waiting = [entry for entry in self._open if entry[0].missing and not entry[0].streaming]
+                buffer = self._buffers.take() if waiting else None
+                if buffer is not None:
+                    part, reader = min(waiting, key=lambda entry: entry[0].in_hand)
                     taken = list(part.missing) if part.sequential else part.missing[:1]
                     part.streaming = part.sequential
+                    part.in_hand += len(taken)
                     del part.missing[: len(taken)]
-                    return part, reader, taken
+                    return part, reader, taken, buffer
                 self._changed.wait()
         raise _StoppedError
 
-    def _download_chunk(self, part: Part, reader: Reader, chunk: int, view: memoryview) -> None:
-        filling = Filling(part, chunk)
+    def _download_chunk(self, part: Part, reader: Reader, filling: Filling) -> None:
         start = filling.position
 
         def attempt() -> None:
             # Goes on where the attempt before broke off.
-            for piece in self._pieces(reader, filling.position, filling.stop, view):
-                filling.add(piece)
-                self._count(len(piece))
+            for count in self._pieces(reader, filling.position, filling.stop, filling.space):
+                filling.add(count)
+                self._count(count)
 
         try:
             patiently(attempt, self._settings.attempts, self._pause)
         except RangesIgnoredError:
             self._count(start - filling.position)
-            self._change_to_sequential(part, chunk)
+            self._change_to_sequential(part, filling)
         else:
             self._record(filling)
 
-    def _change_to_sequential(self, part: Part, chunk: int) -> None:
+    def _change_to_sequential(self, part: Part, filling: Filling) -> None:
         with self._changed:
             part.sequential = True
-            part.give_back(chunk)
-            self._changed.notify_all()
+            part.in_hand -= 1
+            self._free(filling.buffer, *part.give_back(filling.chunk))
 
-    def _download_whole(self, part: Part, reader: Reader, wanted: set[int], view: memoryview) -> None:
+    def _download_whole(self, part: Part, reader: Reader, wanted: set[int], buffer: memoryview) -> None:
+        stream = Stream(part, wanted, buffer)
+
         def attempt() -> None:
-            self._stream(part, reader, wanted, view)
+            self._count(-stream.begin())
+            for count in self._pieces(reader, 0, part.spec.size_bytes, stream.space):
+                filling = stream.add(count)
+                if filling is None:
+                    continue
+                self._count(count)
+                if filling.position == filling.stop:
+                    self._record(filling)
+                    stream.buffer = self._another_buffer()
+                    if not stream.wanted and filling.stop < part.spec.size_bytes:
+                        return
 
         patiently(attempt, self._settings.attempts, self._pause)
         with self._changed:
             part.streaming = False
-            self._changed.notify_all()
+            self._free(stream.buffer)
 
-    def _stream(self, part: Part, reader: Reader, wanted: set[int], view: memoryview) -> None:
-        """Read the file from its start, and write those chunks of it that are wanted.
+    def _another_buffer(self) -> memoryview:
+        with self._changed:
+            while not self._stop.is_set():
+                if (buffer := self._buffers.take()) is not None:
+                    return buffer
+                self._changed.wait()
+        raise _StoppedError
 
-        The others are in place or in another thread's hand, and must not be written beside it.
-        """
-        filling: Filling | None = None
-        position = 0
-        try:
-            for piece in self._pieces(reader, 0, part.spec.size_bytes, view):
-                while piece:
-                    chunk = position // CHUNK_BYTES
-                    head = piece[: part.bounds(chunk)[1] - position]
-                    piece, position = piece[len(head) :], position + len(head)
-                    if chunk not in wanted:
-                        continue
-                    filling = filling or Filling(part, chunk)
-                    filling.add(head)
-                    self._count(len(head))
-                    if filling.position == filling.stop:
-                        self._record(filling)
-                        wanted.discard(chunk)
-                        filling = None
-                if not wanted and position < part.spec.size_bytes:
-                    return
-        finally:
-            if filling is not None:
-                self._count(part.bounds(filling.chunk)[0] - filling.position)
+    def _free(self, *buffers: memoryview) -> None:
+        """Under the lock."""
+        for buffer in buffers:
+            self._buffers.give(buffer)
+        self._changed.notify_all()
 
-    def _pieces(self, reader: Reader, start: int, stop: int, view: memoryview) -> Iterator[memoryview]:
-        with contextlib.closing(reader.read(start, stop, view)) as counts:
+    def _pieces(self, reader: Reader, start: int, stop: int, space: Space) -> Iterator[int]:
+        with contextlib.closing(reader.read(start, stop, space)) as counts:
             for count in counts:
                 self._origin_bytes_came(count)
-                yield view[:count]
+                yield count
 
     def _origin_bytes_came(self, count: int) -> None:
         with self._changed:
@@ -263,13 +265,22 @@ class Transfer:
             self._done_bytes += done_bytes
 
     def _record(self, filling: Filling) -> None:
-        filling.part.record(filling.chunk, filling.digest)
+        """The chunk is in place. Whoever proves it gets its buffer, if that can be soon."""
+        part, chunk, digest = filling.part, filling.chunk, filling.digest
+        part.writeback.begin(*part.bounds(chunk))
+        part.partial.record(f"{chunk} {digest}")
         with self._changed:
-            self._changed.notify_all()
+            part.recorded[chunk] = digest
+            part.in_hand -= 1
+            if part.may_hold(chunk):
+                part.held[chunk] = filling.buffer
+                self._changed.notify_all()
+            else:
+                self._free(filling.buffer)
 
     # --- owners -----------------------------------------------------------------------------
 
-    def _own_files(self, view: memoryview) -> None:
+    def _own_files(self) -> None:
         while not self._stop.is_set():
             with self._changed:
                 if not self._todo:
@@ -278,22 +289,23 @@ class Transfer:
                         self._finish()
                     return
                 index = self._todo.popleft()
-            self._own(index, view)
+            self._own(index)
 
-    def _own(self, index: int, view: memoryview) -> None:
+    def _own(self, index: int) -> None:
         spec = self._files[index]
         paths = part_paths(self._ingest_dir, index)
-        partial = Partial.open(*paths, spec.size_bytes)
+        # What nobody waits for goes past the page cache, which others on this node need more.
+        partial = Partial.open(*paths, spec.size_bytes, direct=self._job.background)
         writeback = Writeback(paths[0])
         reader = self._source.open(self._job.revision.ref, spec)
-        part = Part.resume(index, spec, partial)
+        part = Part.resume(index, spec, partial, writeback)
         with self._changed:
             self._done_bytes += part.recorded_bytes
             self._open.append((part, reader))
             self._open.sort(key=lambda opened: opened[0].index)
             self._changed.notify_all()
         try:
-            blob = self._prove(part, writeback, view)
+            blob = self._prove(part)
             self._tensors[index] = read_tensors(partial.read_into, spec.size_bytes, spec.path, index)
             partial.record(f"done {blob.sha256}")
             partial.seal()
@@ -310,32 +322,36 @@ class Transfer:
         self._blobs[index] = blob
         self._sealed(index, blob)
 
-    def _prove(self, part: Part, writeback: Writeback, view: memoryview) -> Blob:
-        proof = Proof(part, view)
+    def _prove(self, part: Part) -> Blob:
+        proof = Proof(part)
         refetched: Counter[int] = Counter()
         chunk = 0
         while chunk < len(part.recorded):
-            self._wait_for(part, chunk)
-            if proof.take(chunk):
-                writeback.begin(*part.bounds(chunk))
-                chunk += 1
+            buffer = self._wait_for(part, chunk)
+            if buffer is not None:
+                proof.take(buffer[: part.size_of(chunk)])
+                with self._changed:
+                    self._free(buffer)
+            elif not proof.read(chunk):
+                # A journal may claim what a power cut undid; bytes fetched just now must read back the same.
+                refetched[chunk] += 1
+                if refetched[chunk] > self._settings.attempts:
+                    raise _does_not_keep(part, chunk)
+                with self._changed:
+                    self._done_bytes -= part.size_of(chunk)
+                    self._free(*part.give_back(chunk))
                 continue
-            # A journal may claim what a power cut undid; bytes fetched just now must read back the same.
-            refetched[chunk] += 1
-            if refetched[chunk] > self._settings.attempts:
-                raise _does_not_keep(part, chunk)
-            with self._changed:
-                self._done_bytes -= part.size_of(chunk)
-                part.give_back(chunk)
-                self._changed.notify_all()
+            chunk += 1
         return proof.finish()
 
-    def _wait_for(self, part: Part, chunk: int) -> None:
+    def _wait_for(self, part: Part, chunk: int) -> memoryview | None:
+        """Until the chunk is in place; the buffer that has it, where one still does."""
         with self._changed:
             while part.recorded[chunk] is None:
                 if self._stop.is_set():
                     raise _StoppedError
                 self._changed.wait()
+            return part.held.pop(chunk, None)
 
     # --- the end ----------------------------------------------------------------------------
 

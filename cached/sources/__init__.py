@@ -9,7 +9,7 @@ no state but connections, and never retry: they say whether trying again can hel
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Protocol
 
 from cached.config import SourceSettings
@@ -27,6 +27,10 @@ _WRAPPING_TOO = frozenset({"reference", "simplecache", "tar", "zip"})
 _OURS = frozenset({"oci", "s3a", *OWN_SCHEMES})
 
 
+Space = Callable[[], memoryview]
+"""Gives the place for the next bytes: never empty, and as large as a piece may be."""
+
+
 class RangesIgnoredError(Exception):
     """The origin answers a range with the whole file: it can only be read from start to end."""
 
@@ -34,14 +38,14 @@ class RangesIgnoredError(Exception):
 class Reader(Protocol):
     """One file of a revision, as it was listed. Threads may read ranges at once."""
 
-    def read(self, start: int, stop: int, view: memoryview) -> Generator[int, None, None]:
+    def read(self, start: int, stop: int, space: Space) -> Generator[int, None, None]:
         """Bring the bytes from ``start`` to before ``stop``, piece by piece.
 
-        Each step fills ``view`` from its beginning and says with how many bytes; the next step
-        overwrites them. The pieces follow one another and end exactly at ``stop``. Leaving early is
-        fine. Raises RangesIgnoredError (never for the whole file), and CachedError: temporary where the
-        connection broke; permanent, as ``ORIGIN_CHANGED``, where the file is not the one that was listed:
-        only another revision can be had then.
+        Each step asks ``space`` where to, fills that from its beginning and says with how many bytes.
+        The pieces follow one another and end exactly at ``stop``. Leaving early is fine. Raises
+        RangesIgnoredError (never for the whole file), and CachedError: temporary where the connection broke;
+        permanent, as ``ORIGIN_CHANGED``, where the file is not the one that was listed: only another
+        revision can be had then.
         """
 
     def close(self) -> None: ...

@@ -8,6 +8,7 @@ from TLS to none, and what proves who asks goes to no other host. Never asks twi
 from __future__ import annotations
 
 import contextlib
+import http.client
 import socket
 import ssl
 import threading
@@ -20,7 +21,7 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, InvalidHeader, LocationParseError, MaxRetryError
-from urllib3.response import BaseHTTPResponse
+from urllib3.response import BaseHTTPResponse, HTTPResponse
 
 from cached.model import CachedError, ErrorKind, permanent, temporary
 from cached.sources.network import Kinds, check_kinds, kind_of, kinds_of_host, proxy_for
@@ -145,6 +146,22 @@ class HttpClient:
         if allowed is not None:
             manager.pool_classes_by_scheme = _guarded(allowed)
         return manager
+
+
+def read_into(response: BaseHTTPResponse, view: memoryview) -> int:
+    """Fill ``view`` with what comes next of the body, and say how much that is; 0 at its end.
+
+    ``readinto`` of urllib3 reads into fresh memory and copies that, which costs more than the network:
+    this asks the answer below it, as urllib3's own ``read`` does.
+    """
+    if not isinstance(response, HTTPResponse) or not isinstance(response._fp, http.client.HTTPResponse):
+        return response.readinto(view)
+    with response._error_catcher():
+        count = 0 if response._fp.closed else response._fp.readinto(view)
+    response._fp_bytes_read += count
+    if response.length_remaining is not None:
+        response.length_remaining -= count
+    return count
 
 
 def final_url(response: BaseHTTPResponse) -> str:

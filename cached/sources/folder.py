@@ -27,6 +27,7 @@ from cached.model import (
     revision_key,
     temporary,
 )
+from cached.sources import Space
 from cached.sources.filters import select
 from cached.sources.sums import MAX_SUMS_BYTES, SUMS_NAME, check_names, parse_sums
 
@@ -70,12 +71,12 @@ class FolderReader:
         self._fd = fd
         self._spec = spec
 
-    def read(self, start: int, stop: int, view: memoryview) -> Generator[int, None, None]:
+    def read(self, start: int, stop: int, space: Space) -> Generator[int, None, None]:
         self._check_unchanged()
         position = start
         while position < stop:
             try:
-                count = os.preadv(self._fd, [view[: stop - position]], position)
+                count = os.preadv(self._fd, [space()[: stop - position]], position)
             except OSError as error:
                 raise _os_error(error, self._path) from error
             if count == 0:

@@ -29,6 +29,7 @@ from cached.model import (
     revision_key,
     temporary,
 )
+from cached.sources import Space
 from cached.sources.filters import select
 from cached.sources.secrets import options_of
 from cached.sources.sums import MAX_SUMS_BYTES, SUMS_NAME, check_names, parse_sums
@@ -118,7 +119,7 @@ class FsspecReader:
         self._ref = ref
         self._spec = spec
 
-    def read(self, start: int, stop: int, view: memoryview) -> Generator[int, None, None]:
+    def read(self, start: int, stop: int, space: Space) -> Generator[int, None, None]:
         assert 0 <= start < stop <= self._spec.size_bytes
         with self._source.borrowed(self._ref, self._spec.path) as fs:
             self._check_unchanged(fs)
@@ -130,6 +131,7 @@ class FsspecReader:
                     raise self._wrong_count(position - start, stop - start)
                 rest = memoryview(piece)
                 while rest:
+                    view = space()
                     count = min(len(rest), len(view))
                     view[:count] = rest[:count]
                     yield count

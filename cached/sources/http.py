@@ -30,8 +30,8 @@ from cached.model import (
     revision_key,
     temporary,
 )
-from cached.sources import RangesIgnoredError
-from cached.sources.client import HttpClient, check_plain, check_status
+from cached.sources import RangesIgnoredError, Space
+from cached.sources.client import HttpClient, check_plain, check_status, read_into
 from cached.sources.filters import select
 from cached.sources.secrets import token_of
 from cached.sources.sums import MAX_SUMS_BYTES, SUMS_NAME, parse_sums
@@ -152,7 +152,7 @@ class HttpReader:
         self._spec = spec
         self._etag = etag
 
-    def read(self, start: int, stop: int, view: memoryview) -> Generator[int, None, None]:
+    def read(self, start: int, stop: int, space: Space) -> Generator[int, None, None]:
         assert 0 <= start < stop <= self._spec.size_bytes
         whole = start == 0 and stop == self._spec.size_bytes
         # For the whole file a range would only give a server more to get wrong.
@@ -161,7 +161,7 @@ class HttpReader:
             self._check_answer(response, start, stop, whole)
             position = start
             while position < stop:
-                count = response.readinto(view[: stop - position])
+                count = read_into(response, space()[: stop - position])
                 if count == 0:
                     raise self._broken_off(position - start, stop - start)
                 yield count

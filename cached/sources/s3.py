@@ -25,6 +25,7 @@ from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
+from urllib3.response import BaseHTTPResponse
 
 from cached.config import SourceSettings
 from cached.model import (
@@ -40,7 +41,8 @@ from cached.model import (
     revision_key,
     temporary,
 )
-from cached.sources import RangesIgnoredError
+from cached.sources import RangesIgnoredError, Space
+from cached.sources.client import read_into
 from cached.sources.filters import select
 from cached.sources.s3_errors import code_of, credentials_refused, no_credentials, problem_of
 from cached.sources.sums import MAX_SUMS_BYTES, SUMS_NAME, check_names, parse_sums
@@ -223,7 +225,7 @@ class S3Reader:
             # A weak one never matches where it is asked for; it is compared all the same.
             self._asked["IfMatch"] = spec.version
 
-    def read(self, start: int, stop: int, view: memoryview) -> Generator[int, None, None]:
+    def read(self, start: int, stop: int, space: Space) -> Generator[int, None, None]:
         assert 0 <= start < stop <= self._spec.size_bytes
         asked: GetObjectRequestTypeDef = {**self._asked}
         if (start, stop) != (0, self._spec.size_bytes):
@@ -235,7 +237,7 @@ class S3Reader:
                 self._check_answer(answer, start, stop)
                 position = start
                 while position < stop:
-                    count = _read_into(body, view[: stop - position])
+                    count = _read_into(body, space()[: stop - position])
                     if count == 0:
                         raise self._broken_off(position - start, stop - start)
                     yield count
@@ -323,6 +325,9 @@ def _under(prefix: str, key: str, ref: Ref) -> str:
 
 
 def _read_into(body: StreamingBody, view: memoryview) -> int:
+    raw = getattr(body, "_raw_stream", None)
+    if isinstance(raw, BaseHTTPResponse):
+        return read_into(raw, view)  # without a copy through fresh memory
     return body.readinto(view)  # type: ignore[arg-type]  # its stubs are wrong there
 
 
