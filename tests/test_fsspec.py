@@ -150,7 +150,9 @@ def test_ranges_are_read_by_threads_at_once(origins: Origins, place: Place) -> N
 
 def test_leaving_a_range_early_leaves_nothing_behind(origins: Origins, place: Place) -> None:
     spec = spec_of(origins.resolve(*place), "a")
-    reading = origins.source_for(*place).open(place[0], spec).read(0, len(DATA), lambda: memoryview(bytearray(100)))
+    reading = (
+        origins.source_for(*place).open(place[0], spec).read(0, len(DATA), lambda: memoryview(bytearray(100)))
+    )
     assert next(reading) == 100
     reading.close()
     assert read_range(origins, place, spec, 5, 50) == DATA[5:50]

@@ -11,7 +11,16 @@ import xxhash
 
 from cached.durable import Partial
 from cached.fetch.kernel import Writeback
-from cached.fetch.part import PIECE_BYTES, WRITE_BYTES, Buffers, Filling, Part, Proof, Stream
+from cached.fetch.part import (
+    LEAST_PIECE_BYTES,
+    MOST_PIECE_BYTES,
+    WRITE_BYTES,
+    Buffers,
+    Filling,
+    Part,
+    Proof,
+    Stream,
+)
 from cached.model import CHUNK_BYTES, FileSpec
 
 SIZE_BYTES = 2 * CHUNK_BYTES + 2 * WRITE_BYTES + 777
@@ -36,7 +45,7 @@ def make_part(tmp_path: Path) -> Iterator[MakePart]:
         part.writeback.close()
 
 
-def fill(filling: Filling, most_bytes: int = PIECE_BYTES) -> None:
+def fill(filling: Filling, most_bytes: int = MOST_PIECE_BYTES) -> None:
     while filling.position < filling.stop:
         space = filling.space()[:most_bytes]
         space[:] = DATA[filling.position : filling.position + len(space)]
@@ -53,7 +62,7 @@ def test_no_more_buffers_are_given_than_there_are_and_they_are_given_again() -> 
 
 
 @pytest.mark.parametrize("direct", [False, True])
-@pytest.mark.parametrize("piece_bytes", [PIECE_BYTES, 100_003])
+@pytest.mark.parametrize("piece_bytes", [MOST_PIECE_BYTES, 100_003])
 def test_what_is_filled_is_on_disk_whatever_the_pieces(
     make_part: MakePart, tmp_path: Path, direct: bool, piece_bytes: int
 ) -> None:
@@ -69,6 +78,20 @@ def test_what_is_filled_is_on_disk_whatever_the_pieces(
     starts = (2 * CHUNK_BYTES, CHUNK_BYTES, 0)
     whole = DATA[:SIZE_BYTES]
     assert digests == [xxhash.xxh3_128(whole[start : start + CHUNK_BYTES]).hexdigest() for start in starts]
+
+
+def test_pieces_grow_while_they_are_quick_and_shrink_when_they_are_slow(make_part: MakePart) -> None:
+    part = make_part(False)
+    filling = Filling(part, 0, memoryview(bytearray(CHUNK_BYTES)))
+    assert len(filling.space()) == LEAST_PIECE_BYTES
+    for _ in range(10):
+        part.piece_took(0.001)
+    assert len(filling.space()) == MOST_PIECE_BYTES
+    part.piece_took(0.05)
+    assert len(filling.space()) == MOST_PIECE_BYTES
+    for _ in range(10):
+        part.piece_took(1.0)
+    assert len(filling.space()) == LEAST_PIECE_BYTES
 
 
 def test_writing_past_the_cache_leaves_none_of_it(make_part: MakePart, tmp_path: Path) -> None:

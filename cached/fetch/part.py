@@ -22,8 +22,11 @@ from cached.fetch import checksums
 from cached.fetch.kernel import Writeback
 from cached.model import CHUNK_BYTES, Blob, CachedError, Digest, ErrorKind, FileSpec, Tensor, permanent
 
-PIECE_BYTES = 256 * 1024
-"""What is read at once: this still fits a core's cache when it is hashed."""
+MOST_PIECE_BYTES = 1024 * 1024
+LEAST_PIECE_BYTES = 64 * 1024
+"""What is read at once lies in between: much, as each piece costs some steps in Python, and little from a
+slow origin, as nothing is counted, paced or stopped within a piece."""
+FAST_PIECE_S, SLOW_PIECE_S = 0.03, 0.1
 WRITE_BYTES = 1024 * 1024
 """What is written at once."""
 
@@ -72,6 +75,7 @@ class Part:
     in_hand: int = 0
     sequential: bool = False
     streaming: bool = False
+    piece_bytes: int = LEAST_PIECE_BYTES
 
     @classmethod
     def resume(cls, index: int, spec: FileSpec, partial: Partial, writeback: Writeback) -> Part:
@@ -91,6 +95,13 @@ class Part:
     @property
     def recorded_bytes(self) -> int:
         return sum(self.size_of(chunk) for chunk, digest in enumerate(self.recorded) if digest is not None)
+
+    def piece_took(self, seconds: float) -> None:
+        """Have the next pieces take neither too long nor too many steps."""
+        if seconds < FAST_PIECE_S:
+            self.piece_bytes = min(self.piece_bytes * 2, MOST_PIECE_BYTES)
+        elif seconds > SLOW_PIECE_S:
+            self.piece_bytes = max(self.piece_bytes // 2, LEAST_PIECE_BYTES)
 
     def may_hold(self, chunk: int) -> bool:
         """Whether the proof will get to this chunk without anybody having to take another first: who waits
@@ -120,7 +131,7 @@ class Filling:
     def space(self) -> memoryview:
         """Where the next bytes go: at most a piece, and at most the chunk's rest."""
         begin = self.position - self._start
-        return self.buffer[begin : min(begin + PIECE_BYTES, self.stop - self._start)]
+        return self.buffer[begin : min(begin + self.part.piece_bytes, self.stop - self._start)]
 
     def add(self, count: int) -> None:
         """``count`` bytes are in the space."""
@@ -174,7 +185,7 @@ class Stream:
         if chunk in self.wanted:
             self._filling = self._filling or Filling(self._part, chunk, self.buffer)
             return self._filling.space()
-        return self.buffer[: min(PIECE_BYTES, self._part.bounds(chunk)[1] - self._position)]
+        return self.buffer[: min(self._part.piece_bytes, self._part.bounds(chunk)[1] - self._position)]
 
     def add(self, count: int) -> Filling | None:
         """``count`` bytes are in the space. The answer: the chunk that they belong to, where it is wanted."""
@@ -194,7 +205,7 @@ class Proof:
 
     def __init__(self, part: Part) -> None:
         self._part = part
-        self._view = memoryview(bytearray(PIECE_BYTES))
+        self._view = memoryview(bytearray(MOST_PIECE_BYTES))
         self._sha256 = hashlib.sha256()
         self._checksum = checksums.begin(part.spec)
 

@@ -44,7 +44,7 @@ from cached.model import (
     artifact_id,
     permanent,
 )
-from cached.sources import RangesIgnoredError, Reader, Source, Space
+from cached.sources import RangesIgnoredError, Reader, Source
 
 SPARE_BUFFERS = 2
 """More than there are downloaders, so that these go on while the proof catches up."""
@@ -190,7 +190,7 @@ class Transfer:
 
         def attempt() -> None:
             # Goes on where the attempt before broke off.
-            for count in self._pieces(reader, filling.position, filling.stop, filling.space):
+            for count in self._pieces(part, reader, filling, (filling.position, filling.stop)):
                 filling.add(count)
                 self._count(count)
 
@@ -213,7 +213,7 @@ class Transfer:
 
         def attempt() -> None:
             self._count(-stream.begin())
-            for count in self._pieces(reader, 0, part.spec.size_bytes, stream.space):
+            for count in self._pieces(part, reader, stream, (0, part.spec.size_bytes)):
                 filling = stream.add(count)
                 if filling is None:
                     continue
@@ -243,11 +243,16 @@ class Transfer:
             self._buffers.give(buffer)
         self._changed.notify_all()
 
-    def _pieces(self, reader: Reader, start: int, stop: int, space: Space) -> Iterator[int]:
-        with contextlib.closing(reader.read(start, stop, space)) as counts:
+    def _pieces(
+        self, part: Part, reader: Reader, into: Filling | Stream, bounds: tuple[int, int]
+    ) -> Iterator[int]:
+        with contextlib.closing(reader.read(*bounds, into.space)) as counts:
+            began_s = time.monotonic()
             for count in counts:
+                part.piece_took(time.monotonic() - began_s)
                 self._origin_bytes_came(count)
                 yield count
+                began_s = time.monotonic()
 
     def _origin_bytes_came(self, count: int) -> None:
         with self._changed:
