@@ -385,7 +385,7 @@ class Partial:
     """A blob while a worker fetches it, flocked against every other worker, and the journal beside it.
 
     Threads may write, read and record at once. The journal is not synced line by line: whoever resumes
-    proves each line against the bytes, so a lost or a stale one costs a fetch and nothing else.
+    proves each line against the bytes, so one that a power cut took costs a fetch and nothing else.
     """
 
     __slots__ = ("_direct_fd", "_fd", "_journal_fd", "_journal_path", "_path", "size_bytes")
@@ -460,12 +460,16 @@ class Partial:
         with _world(self._journal_path):
             return complete_lines(self._journal_path.read_bytes())
 
+    def sync(self) -> None:
+        """Make durable what is written, then what the journal says of it. Raises FsyncFailed."""
+        _fsync(self._fd, self._path)
+        _fsync(self._journal_fd, self._journal_path)
+
     def seal(self) -> None:
         """Make content and journal durable, and the blob read-only. Raises FsyncFailed."""
         with _world(self._path):
             os.fchmod(self._fd, SEALED_MODE)
-        _fsync(self._fd, self._path)
-        _fsync(self._journal_fd, self._journal_path)
+        self.sync()
 
     def forget_cache(self) -> None:
         """Let the kernel drop the pages: nobody waits for them, and others on this node use the memory."""

@@ -49,6 +49,8 @@ from cached.sources import RangesIgnoredError, Reader, Source
 SPARE_BUFFERS = 2
 """More than there are downloaders, so that these go on while the proof catches up."""
 PROGRESS_S = 0.1
+SYNC_S = 5.0
+"""What a power cut may cost of a transfer: what came in this time."""
 
 
 class _StoppedError(Exception):
@@ -330,9 +332,13 @@ class Transfer:
     def _prove(self, part: Part) -> Blob:
         proof = Proof(part)
         refetched: Counter[int] = Counter()
+        synced_at_s = time.monotonic()
         chunk = 0
         while chunk < len(part.recorded):
             buffer = self._wait_for(part, chunk)
+            if time.monotonic() - synced_at_s > SYNC_S:
+                part.partial.sync()
+                synced_at_s = time.monotonic()
             if buffer is not None:
                 proof.take(buffer[: part.size_of(chunk)])
                 with self._changed:
