@@ -69,11 +69,13 @@ _PHASE = {
 
 
 class ModelCache(pb_grpc.ModelCacheServicer):
-    """For replicas. ``shows_holders`` on the operators' socket only: tenants do not see each other."""
+    """For replicas, and on the operators' socket for operators: tenants do not see each other, and get of
+    an origin that is the operators' only what is here."""
 
-    def __init__(self, node: Node, shows_holders: bool) -> None:
+    def __init__(self, node: Node, for_operators: bool) -> None:
         self._node = node
-        self._shows_holders = shows_holders
+        self._shows_holders = for_operators
+        self._may_ask_anything = for_operators
 
     async def Acquire(self, request: pb.AcquireRequest, context: Context) -> AsyncIterator[pb.AcquireEvent]:
         async for step in _checked(self._acquire(request), context):
@@ -98,8 +100,10 @@ class ModelCache(pb_grpc.ModelCacheServicer):
             raise permanent(
                 ErrorKind.INVALID, "BAD_TTL", "ttl_s goes with LEASE_MODE_TTL only", "leave one of them out"
             )
+        ref = parse_ref(request.ref)
+        self._node.check_access(ref, request.fresh, self._may_ask_anything)
         steps = self._node.acquire(
-            parse_ref(request.ref),
+            ref,
             parse_device(request.device),
             _declared(request.holder),
             request.fresh,

@@ -64,10 +64,11 @@ class SourceSettings:
 
     ``endpoint`` replaces the scheme's usual server (hf, s3). ``region``, ``addressing`` and ``profile`` are
     S3's. The token is read from the variable ``token_env`` or the file ``token_file``; ``anonymous`` sends
-    none, not even one that is found where tools usually look. ``require_digest`` refuses a revision with a
-    file that the origin does not attest. Files that match none of ``include`` (when there are any) or one
-    of ``exclude`` are left out; pickled weights are, unless ``allow_pickle``. ``options`` go to fsspec; a
-    value ``env:NAME`` or ``file:/path`` is read from there.
+    none, not even one that is found where tools usually look. ``access`` says who may have the daemon fetch
+    from there: of what is the operators', replicas get only what operators brought here. ``require_digest``
+    refuses a revision with a file that the origin does not attest. Files that match none of ``include``
+    (when there are any) or one of ``exclude`` are left out; pickled weights are, unless ``allow_pickle``.
+    ``options`` go to fsspec; a value ``env:NAME`` or ``file:/path`` is read from there.
     """
 
     prefix: _Name
@@ -78,6 +79,7 @@ class SourceSettings:
     token_env: _Name | None = None
     token_file: _Name | None = None
     anonymous: bool = False
+    access: Literal["all", "operators"] = "all"
     require_digest: bool = False
     include: _Globs = ()
     exclude: _Globs = ()

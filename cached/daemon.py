@@ -192,14 +192,14 @@ _OPERATOR = operator_pb2.DESCRIPTOR.services_by_name["Operator"].full_name
 
 async def _replicas_server(node: Node) -> grpc.aio.Server:
     server = _server()
-    model_cache_pb2_grpc.add_ModelCacheServicer_to_server(ModelCache(node, shows_holders=False), server)
+    model_cache_pb2_grpc.add_ModelCacheServicer_to_server(ModelCache(node, for_operators=False), server)
     await _add_common(server, [_MODEL_CACHE])
     return server
 
 
 async def _operators_server(node: Node, settings: Settings) -> grpc.aio.Server:
     server = _server()
-    model_cache_pb2_grpc.add_ModelCacheServicer_to_server(ModelCache(node, shows_holders=True), server)
+    model_cache_pb2_grpc.add_ModelCacheServicer_to_server(ModelCache(node, for_operators=True), server)
     operator = Operator(node, version("cached"), settings.data_dir, settings.run_dir)
     operator_pb2_grpc.add_OperatorServicer_to_server(operator, server)
     await _add_common(server, [_MODEL_CACHE, _OPERATOR])

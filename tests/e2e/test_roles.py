@@ -17,8 +17,9 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from grpc_status import rpc_status
-from kit import NodeKit, eventually, free_port, write_model
+from kit import NodeKit, eventually, free_port, running_node, write_model
 
+from cached.client.rpc import connect
 from cached.v1 import model_cache_pb2 as pb
 from cached.v1 import model_cache_pb2_grpc as pb_rpc
 from cached.v1 import operator_pb2 as op
@@ -400,3 +401,32 @@ def test_a_token_is_worth_one_handoff(served: Served) -> None:
     assert b'"lease_id"' in answers[0]
     assert b"BAD_TOKEN" in answers[1]
     eventually(lambda: len(served.node.leases(served.ref)) == 1)
+
+
+# --- whose origin it is ---------------------------------------------------------------------
+
+
+def test_of_an_operators_origin_replicas_get_what_operators_brought(tmp_path: Path) -> None:
+    theirs, bare = f"file://{tmp_path}/theirs/", f"file://{tmp_path}/bare/"
+    write_model(tmp_path / "theirs")
+    write_model(tmp_path / "bare", sums=False)
+    config = tmp_path / "cached.toml"
+    config.write_text(
+        f'[[source]]\nprefix = "{theirs}"\naccess = "operators"\n'
+        f'[[source]]\nprefix = "{bare}"\nrequire_digest = true\n'
+    )
+    with running_node(tmp_path, with_preloader=False) as node:
+        replicas = ("--address", f"unix:{node.run_dir}/replicas/cached.sock")
+        node.ctl("prefetch", bare, "--wait")
+        node.stop_daemon()
+        node.serve("--config", str(config), with_preloader=False)
+        refused = node.ctl("path", theirs, *replicas, code=7)
+        assert "replicas may not have it fetched" in refused.stderr and "prefetch or pin" in refused.stderr
+        assert node.row(theirs) == {}
+        node.ctl("prefetch", theirs, "--wait")
+        assert node.ctl("path", theirs, *replicas).stdout.startswith(str(node.data_dir))
+        with connect(replicas[1]) as channel:
+            asked = pb.AcquireRequest(ref=theirs, fresh=True)
+            refusal = _refusal(lambda: pb_rpc.ModelCacheStub(channel).Acquire(asked, timeout=10))
+        assert _told(refusal).reason == "OPERATORS_ONLY"
+        assert "no digest" in node.ctl("path", bare, code=7).stderr, "it came before the digest was required"
