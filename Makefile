@@ -11,6 +11,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(PY) -m pip --quiet --no-input
 # protoc looks for its plugins on the path.
 GENERATE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) proto/generate.py
@@ -43,8 +44,13 @@ check: $(STAMP)
 	$(VENV)/bin/lint-imports --no-logo
 	$(GENERATE) --check
 
-test: $(STAMP)
+test: $(STAMP) $(PEERS)
 	$(PY) -m pytest $(ARGS)
+
+# The real servers that tests talk to, where pip has none.
+$(PEERS): .ci/debian | $(STAMP)
+	@.ci/debian docker-registry
+	@touch $(PEERS)
 
 # exec: a Ctrl-C or a SIGTERM reaches the demo itself, which then ends what it started.
 demo: $(STAMP)

@@ -62,7 +62,7 @@ _Globs = Annotated[tuple[_Name, ...], msgspec.Meta(max_length=64)]
 class SourceSettings:
     """What holds for the refs that begin with ``prefix``. Secrets stand here by reference only.
 
-    ``endpoint`` replaces the scheme's usual server (hf, s3). ``region``, ``addressing`` and ``profile`` are
+    ``endpoint`` replaces the scheme's usual server (hf, oci, s3). ``region``, ``addressing`` and ``profile`` are
     S3's. The token is read from the variable ``token_env`` or the file ``token_file``; ``anonymous`` sends
     none, not even one that is found where tools usually look. ``access`` says who may have the daemon fetch
     from there: of what is the operators', replicas get only what operators brought here. ``require_digest``
@@ -92,7 +92,9 @@ class SourceSettings:
         if not ref.startswith(self.prefix):
             # A folder's prefix may be written without its last slash, and may be the ref itself.
             return ref == self.prefix.removesuffix("/")
-        return not rest or self.prefix.endswith("/") or rest[0] in "/@#"
+        # A tag follows a repository's name; behind a registry's alone a colon makes it another.
+        tagged = self.prefix.startswith("oci://") and "/" in self.prefix.removeprefix("oci://")
+        return not rest or self.prefix.endswith("/") or rest[0] in ("/@#:" if tagged else "/@#")
 
 
 def source_for(sources: tuple[SourceSettings, ...], ref: str) -> SourceSettings:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NewType
 
 Ref = NewType("Ref", str)
-"""What a person writes: ``https://host/dir/``, ``hf://org/name@main``, ``s3://bucket/prefix/``."""
+"""What a person writes: ``https://host/dir/``, ``hf://org/name@main``, ``oci://host/repo:tag``, …"""
 RevisionKey = NewType("RevisionKey", str)
 """64 lower-case hex digits; what a ref resolved to, immutable."""
 ArtifactId = NewType("ArtifactId", str)
@@ -34,6 +34,8 @@ CHUNK_BYTES = 16 * 1024 * 1024
 MAX_FILES = 10_000
 MAX_REF_CHARS = 2048
 MAX_PATH_CHARS = 512
+MAX_REPO_CHARS = 255
+"""Of a registry's name and a repository's together."""
 MAX_TTL_S = 7 * 24 * 3600
 ORIGIN_CHANGED = "ORIGIN_CHANGED"
 """The reason of a transfer that met other content than was listed: only another revision can be had."""
@@ -244,26 +246,37 @@ def is_digest(text: str) -> bool:
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,31}")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w][\w./-]{0,254})?", re.ASCII)
+# As the distribution specification has names, tags and digests.
+_WORD = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_REGISTRY = re.compile(
+    r"(?P<name>(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::(?P<port>[0-9]{1,5}))?"
+    rf"/{_WORD}(?:/{_WORD})*)(?P<tag>:[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}})?(?P<digest>@sha256:[0-9a-f]{{64}})?"
+)
 _FRAGMENT = re.compile(r"sha256=([0-9A-Fa-f]{64})")
 
 
 def parse_ref(text: str) -> Ref:
     """A ref as a person wrote it, checked for form only, in the one way to write it.
 
-    A folder's ref always ends in a slash; a single file's (``https://host/file#sha256=…``) and one of
-    the Hub (``hf://org/name@revision``) never do. Which schemes there are is the origins' to say. Raises
-    CachedError (INVALID) naming what is wrong.
+    A folder's ref always ends in a slash; a single file's (``https://host/file#sha256=…``), one of the Hub
+    (``hf://org/name@revision``) and one of a registry (``oci://registry/repo:tag@sha256:…``, with ``:latest``
+    where it names neither) never do. Which schemes there are is the origins' to say. Raises CachedError
+    (INVALID) naming what is wrong.
     """
     if not text or len(text) > MAX_REF_CHARS or not text.isprintable() or " " in text:
         raise _bad_ref(text, f"a ref has 1 to {MAX_REF_CHARS} printable characters and no spaces")
     scheme, separator, rest = text.partition("://")
     if not separator or not _SCHEME.fullmatch(scheme):
         raise _bad_ref(text, "it does not begin with a scheme")
-    if "@" in rest and ":" in rest.partition("@")[0].partition("/")[0]:
+    # (A registry's port is no password, and the @ of its digest stands behind a slash.)
+    login = rest.partition("/")[0] if scheme == "oci" else rest
+    if "@" in login and ":" in login.partition("@")[0].partition("/")[0]:
         # Refs are stored and shown.
         raise _bad_ref("", "it has a password in it", "leave it out, and name it in a [[source]] table")
     if scheme == "hf":
         return _hub_ref(text, rest.rstrip("/"))
+    if scheme == "oci":
+        return _registry_ref(text, rest.rstrip("/"))
     address, mark, fragment = text.partition("#")
     _check_folder(text, scheme, address.partition("://")[2])
     return Ref(address.rstrip("/") + "/") if not mark else _file_ref(text, address, fragment)
@@ -275,6 +288,16 @@ def _hub_ref(text: str, rest: str) -> Ref:
     if any(part in ("", ".", "..") for part in rest.partition("@")[2].split("/")[1:]):
         raise _bad_ref(text, "what stands behind the @ is no name of a branch, tag or commit")
     return Ref(f"hf://{rest}")
+
+
+def _registry_ref(text: str, rest: str) -> Ref:
+    found = _REGISTRY.fullmatch(rest)
+    if found is None or len(found["name"]) > MAX_REPO_CHARS or int(found["port"] or 0) > 65535:
+        raise _bad_ref(
+            text,
+            "a model in a registry is oci://registry/repo:tag or oci://registry/repo@sha256:…, in lower case",
+        )
+    return Ref(f"oci://{rest}" if found["tag"] or found["digest"] else f"oci://{rest}:latest")
 
 
 def _check_folder(text: str, scheme: str, rest: str) -> None:
@@ -306,8 +329,8 @@ def _bad_ref(text: str, why: str, hint: str = "") -> CachedError:
         "BAD_REF",
         f"{shown!r} is not a ref: {why}" if shown or not hint else f"the ref is refused: {why}",
         hint
-        or "write file:///dir, https://host/dir/, https://host/file#sha256=…, hf://org/name@revision "
-        "or s3://bucket/prefix/",
+        or "write file:///dir, https://host/dir/, https://host/file#sha256=…, hf://org/name@revision, "
+        "oci://registry/repo:tag or s3://bucket/prefix/",
     )
 
 

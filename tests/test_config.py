@@ -182,6 +182,7 @@ def test_a_secret_in_the_file_is_not_repeated_in_the_error(tmp_path: Path) -> No
 
 def test_the_longest_prefix_that_covers_a_ref_holds(tmp_path: Path) -> None:
     prefixes = ["hf://", "hf://org", "hf://org/name", "https://host/dir/", "s3://bucket"]
+    prefixes += ["oci://registry", "oci://registry/team", "oci://registry/team/x:v1"]
     text = "".join(f"[[source]]\nprefix = '{prefix}'\n" for prefix in prefixes)
     sources = load(write(tmp_path, text), {}).source
     for ref, prefix in [
@@ -192,6 +193,13 @@ def test_the_longest_prefix_that_covers_a_ref_holds(tmp_path: Path) -> None:
         ("https://host/dir/sub/", "https://host/dir/"),
         ("https://host/file#sha256=00", "https://host/file#sha256=00"),
         ("s3://bucket/a/", "s3://bucket"),
+        ("oci://registry/other:tag", "oci://registry"),
+        ("oci://registry:5000/team/x:tag", "oci://registry:5000/team/x:tag"),
+        ("oci://registry/team/x:tag", "oci://registry/team"),
+        ("oci://registry/team:tag", "oci://registry/team"),
+        ("oci://registry/team2/x:tag", "oci://registry"),
+        ("oci://registry/team/x:v1@sha256:00", "oci://registry/team/x:v1"),
+        ("oci://registry/team/x:v12", "oci://registry/team"),
         ("s3://bucket-of-others/a/", "s3://bucket-of-others/a/"),
     ]:
         assert source_for(sources, ref).prefix == prefix

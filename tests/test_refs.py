@@ -47,6 +47,11 @@ def refused(caught: pytest.ExceptionInfo[CachedError]) -> Problem:
         ("hf://org/name/", "hf://org/name"),
         ("hf://org/na.me_1-x@main", "hf://org/na.me_1-x@main"),
         ("hf://org/name@refs/pr/1", "hf://org/name@refs/pr/1"),
+        ("oci://ghcr.io/org/name", "oci://ghcr.io/org/name:latest"),
+        ("oci://registry:5000/a/b__c/d-e/", "oci://registry:5000/a/b__c/d-e:latest"),
+        ("oci://[::1]:5000/a:V1.0-rc_1", "oci://[::1]:5000/a:V1.0-rc_1"),
+        (f"oci://h/a@sha256:{HEX}", f"oci://h/a@sha256:{HEX}"),
+        (f"oci://h:1/a:t@sha256:{HEX}", f"oci://h:1/a:t@sha256:{HEX}"),
         ("s3://bucket/a/b", "s3://bucket/a/b/"),
         ("s3://bucket", "s3://bucket/"),
         ("memory:///dir", "memory:///dir/"),
@@ -72,6 +77,19 @@ def test_a_ref_has_one_way_to_be_written(text: str, ref: str) -> None:
         ("hf://org/name@a/../b", "behind the @"),
         ("hf://org/../x", "hf://org/name"),
         ("hf://org/name?x=1", "hf://org/name"),
+        ("oci://registry", "oci://registry/repo"),
+        ("oci://registry/Team/x", "lower case"),
+        ("oci://Registry/x", "lower case"),
+        ("oci://registry/a//b", "oci://registry/repo"),
+        ("oci://registry/../b", "oci://registry/repo"),
+        ("oci://registry/a:" + "t" * 129, "oci://registry/repo"),
+        ("oci://registry/a:.t", "oci://registry/repo"),
+        ("oci://registry:70000/a", "oci://registry/repo"),
+        ("oci://registry/a@sha256:00", "oci://registry/repo"),
+        (f"oci://registry/a@sha512:{HEX}", "oci://registry/repo"),
+        ("oci://registry/a?b", "oci://registry/repo"),
+        ("oci://me@registry/a", "oci://registry/repo"),
+        ("oci://registry/" + "a" * 255, "oci://registry/repo"),
         ("s3:///key", "no directory"),
         ("https:///dir", "no directory"),
         ("file://host/dir", "no directory"),
@@ -95,7 +113,9 @@ def test_what_is_no_ref_is_refused_with_the_reason(text: str, said: str) -> None
     assert said in problem.message
 
 
-@pytest.mark.parametrize("text", ["https://me:hunter2@host/dir/", "ftp://me:hunter2@host/dir/"])
+@pytest.mark.parametrize(
+    "text", ["https://me:hunter2@host/dir/", "ftp://me:hunter2@host/dir/", "oci://me:hunter2@h/a"]
+)
 def test_a_password_in_a_ref_is_refused_and_not_repeated(text: str) -> None:
     with pytest.raises(CachedError) as caught:
         parse_ref(text)
@@ -222,7 +242,7 @@ def test_a_scheme_that_leads_nowhere_is_refused_with_those_that_do(scheme: str) 
     assert (problem.kind, problem.reason) == (ErrorKind.INVALID, "UNKNOWN_SCHEME")
     assert repr(scheme) in problem.message
     known = problem.hint.removeprefix("known are ").split(", ")
-    assert {"file", "hf", "http", "https", "s3", "gs", "sftp"} <= set(known) and scheme not in known
+    assert {"file", "hf", "http", "https", "oci", "s3", "gs", "sftp"} <= set(known) and scheme not in known
 
 
 def test_one_source_serves_all_refs_of_the_same_settings() -> None:

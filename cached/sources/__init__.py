@@ -16,7 +16,7 @@ from cached.config import SourceSettings
 from cached.model import ErrorKind, FileSpec, Ref, Revision, permanent
 from cached.sources.filters import check_attested
 
-OWN_SCHEMES = ("file", "hf", "http", "https", "s3")
+OWN_SCHEMES = ("file", "hf", "http", "https", "oci", "s3")
 MAX_SOURCES = 64
 # These would read this machine's own files past the checks of file://,
 _LOCAL = frozenset({"asynclocal", "data", "git", "local"})
@@ -24,7 +24,7 @@ _LOCAL = frozenset({"asynclocal", "data", "git", "local"})
 _WRAPPING = frozenset({"asyncwrapper", "blockcache", "cached", "dir", "filecache", "generic", "libarchive"})
 _WRAPPING_TOO = frozenset({"reference", "simplecache", "tar", "zip"})
 # or are another name of one of ours, or (oci) mean something else by ours.
-_OURS = frozenset({"oci", "s3a", *OWN_SCHEMES})
+_OURS = frozenset({"s3a", *OWN_SCHEMES})
 
 
 Space = Callable[[], memoryview]
@@ -110,6 +110,10 @@ class Origins:
                 from cached.sources.hub import HubSource
 
                 return HubSource(settings, self._connections, self._timeout_s, self._env)
+            case "oci":
+                from cached.sources.oci import OciSource
+
+                return OciSource(settings, self._connections, self._timeout_s, self._env)
             case "s3":
                 from cached.sources.s3 import S3Source
 
