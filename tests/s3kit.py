@@ -1,4 +1,4 @@
-"""S3 on loopback for tests: moto and rclone, which are real servers, and one that says what it is told to.
+"""S3 on loopback for tests: moto, rclone and s3rver, which are real, and one that says what it is told to.
 
 Owns what it starts, and ends it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import ssl
 import subprocess
@@ -27,8 +28,12 @@ if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
 RCLONE = Path(sys.executable).parent / "rclone"
+S3RVER = Path(__file__).parent.parent / ".venv/npm/node_modules/s3rver/bin/s3rver.js"
 KEY, SECRET = "ACCESSKEY", "SECRETKEY"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+S3RVER_KEY = "S3RVER"
+"""s3rver's only key, and its secret: they cannot be set."""
+S3RVER_CREDENTIALS = {"AWS_ACCESS_KEY_ID": S3RVER_KEY, "AWS_SECRET_ACCESS_KEY": S3RVER_KEY}
 
 
 def without_aws(env: Mapping[str, str]) -> dict[str, str]:
@@ -63,8 +68,8 @@ class Store:
             self.client.put_object(Bucket=bucket, Key=key, Body=data)
 
 
-def client_of(url: str) -> S3Client:
-    session = boto3.session.Session(KEY, SECRET, region_name="us-east-1")
+def client_of(url: str, key: str = KEY, secret: str = SECRET) -> S3Client:
+    session = boto3.session.Session(key, secret, region_name="us-east-1")
     config = Config(
         s3={"addressing_style": "path"},
         retries={"total_max_attempts": 1},
@@ -88,9 +93,7 @@ def moto() -> Iterator[Store]:
 @contextlib.contextmanager
 def rclone(kind: str, root: Path, *arguments: str) -> Iterator[int]:
     """``rclone serve`` over ``root``; yields its port. Of S3 the folders in ``root`` are the buckets."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = _free_port()
     command = [
         str(RCLONE),
         "serve",
@@ -102,20 +105,46 @@ def rclone(kind: str, root: Path, *arguments: str) -> Iterator[int]:
         "",
         *arguments,
     ]
-    with (root.parent / f"rclone-{kind}.log").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    try:
-        _wait_for(port, process)
+    with _running(command, root.parent / f"rclone-{kind}.log", port):
         yield port
-    finally:
-        process.kill()
-        process.wait()
 
 
 @contextlib.contextmanager
 def rclone_s3(root: Path) -> Iterator[Store]:
     with rclone("s3", root, "--auth-key", f"{KEY},{SECRET}") as port:
         yield Store(f"http://127.0.0.1:{port}", client_of(f"http://127.0.0.1:{port}"))
+
+
+@contextlib.contextmanager
+def s3rver(root: Path, bucket: str) -> Iterator[Store]:
+    """npm's s3rver, with an empty bucket. It looks whose key it is, but verifies no signature (version 4)."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    node = shutil.which("node", path=path)
+    assert node and S3RVER.exists(), "node or s3rver is missing: make test installs them"
+    root.mkdir(exist_ok=True)
+    port = _free_port()
+    command = [node, str(S3RVER), "--directory", str(root), "--address", "127.0.0.1", "--port", str(port)]
+    with _running([*command, "--configure-bucket", bucket], root.parent / "s3rver.log", port):
+        url = f"http://127.0.0.1:{port}"
+        yield Store(url, client_of(url, S3RVER_KEY, S3RVER_KEY))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _running(command: list[str], log_path: Path, port: int) -> Iterator[None]:
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        _wait_for(port, process)
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:

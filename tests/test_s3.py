@@ -1,4 +1,4 @@
-"""S3 as an origin: against moto and rclone, which are real servers, and one that says what it is told to."""
+"""S3 as an origin: against moto, rclone and s3rver, which are real, and one that says what it is told to."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from httpkit import make_authority
 from s3kit import (
     CREDENTIALS,
     KEY,
+    S3RVER_CREDENTIALS,
     Answer,
     Script,
     Store,
@@ -26,6 +27,7 @@ from s3kit import (
     moto,
     rclone_s3,
     refusal,
+    s3rver,
     scripted,
 )
 
@@ -628,6 +630,29 @@ def test_rclone_checks_signatures(rclone_store: Store) -> None:
             problem = refused(source_at(rclone_store.url))
         assert (problem.kind, problem.reason) == (ErrorKind.DENIED, "BAD_CREDENTIALS")
         assert "'env'" in problem.message
+
+
+# --- another server: s3rver, which answers ranges with 206 -----------------------------------
+
+
+def test_s3rvers_ranges_are_read_and_its_refusals_told(tmp_path: Path) -> None:
+    with s3rver(tmp_path / "s3rver", "models") as found, environment(**S3RVER_CREDENTIALS):
+        found.put("models", {"m/a": DATA})
+        source = source_at(found.url)
+        spec = source.resolve(REF).files[0]
+        answer = found.client.get_object(Bucket="models", Key="m/a", Range="bytes=1-2")
+        assert answer["ResponseMetadata"]["HTTPStatusCode"] == 206
+        assert read_range(source, spec, 1000, 3500) == DATA[1000:3500]
+        # It heeds If-Match.
+        found.put("models", {"m/a": DATA[::-1]})
+        assert read_refused(source, spec, 0, 10).reason == "ORIGIN_CHANGED"
+        problem = refused(source, parse_ref("s3://nobodys/m/"))
+        assert (problem.kind, problem.reason) == (ErrorKind.NOT_FOUND, "NO_SUCH_BUCKET")
+        with environment(**{**S3RVER_CREDENTIALS, "AWS_ACCESS_KEY_ID": "x"}):
+            problem = refused(source_at(found.url))
+        assert (problem.kind, problem.reason) == (ErrorKind.DENIED, "BAD_CREDENTIALS")
+        # Who signs nothing may read there.
+        assert source_at(found.url, anonymous=True).resolve(REF).files[0].path == "a"
 
 
 # --- what it costs who does not use it ------------------------------------------------------
