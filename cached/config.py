@@ -62,13 +62,13 @@ _Globs = Annotated[tuple[_Name, ...], msgspec.Meta(max_length=64)]
 class SourceSettings:
     """What holds for the refs that begin with ``prefix``. Secrets stand here by reference only.
 
-    ``endpoint`` replaces the scheme's usual server (hf, oci, s3). ``region``, ``addressing`` and ``profile`` are
-    S3's. The token is read from the variable ``token_env`` or the file ``token_file``; ``anonymous`` sends
-    none, not even one that is found where tools usually look. ``access`` says who may have the daemon fetch
-    from there: of what is the operators', replicas get only what operators brought here. ``require_digest``
-    refuses a revision with a file that the origin does not attest. Files that match none of ``include``
-    (when there are any) or one of ``exclude`` are left out; pickled weights are, unless ``allow_pickle``.
-    ``options`` go to fsspec; a value ``env:NAME`` or ``file:/path`` is read from there.
+    ``endpoint`` replaces the scheme's usual server (hf, oci, s3). ``region``, ``addressing`` and ``profile``
+    are S3's. The token is read from the variable ``token_env`` or the file ``token_file``; ``anonymous``
+    sends none, not even one that is found where tools usually look. ``access`` says who may have the daemon
+    fetch from there: of what is the operators', replicas get only what operators brought here.
+    ``require_digest`` refuses a revision with a file that the origin does not attest. Files that match none
+    of ``include`` (when there are any) or one of ``exclude`` are left out; pickled weights are, unless
+    ``allow_pickle``. ``options`` go to fsspec; a value ``env:NAME`` or ``file:/path`` is read from there.
     """
 
     prefix: _Name

@@ -73,7 +73,7 @@ class Asker:
         spec = next(spec for spec in revision.files if spec.path == path)
         source = self.origins.source_for(revision.ref, SourceSettings("oci://", **fields))
         view = memoryview(bytearray(1000))
-        reading = source.open(revision.ref, spec).read(start, stop, view)
+        reading = source.open(revision.ref, spec).read(start, stop, lambda: view)
         return b"".join(bytes(view[:count]) for count in reading)
 
     def refused(self, ref: str, **fields: Any) -> Problem:

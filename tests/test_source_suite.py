@@ -175,7 +175,7 @@ def read(kind: Kind, origins: Origins, revision: Revision, path: str, start: int
     reader = origins.source_for(revision.ref, kind.settings).open(revision.ref, spec_of(revision, path))
     view = memoryview(bytearray(64 * 1024))
     try:
-        return b"".join(bytes(view[:count]) for count in reader.read(start, stop, view))
+        return b"".join(bytes(view[:count]) for count in reader.read(start, stop, lambda: view))
     finally:
         reader.close()
 
@@ -210,7 +210,7 @@ def test_threads_share_a_reader_and_may_leave_it_early(
 
     def one(start: int) -> bytes:
         view = memoryview(bytearray(1000))
-        reading = reader.read(start, len(BIG), view)
+        reading = reader.read(start, len(BIG), lambda: view)
         got = bytes(view[: next(reading)])
         reading.close()
         return got
