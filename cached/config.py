@@ -43,8 +43,9 @@ class StoreSettings:
 class TransferSettings:
     """How origins are asked.
 
-    ``workers`` processes at most, each with ``connections`` at once; ``rate_bytes_per_s`` caps one worker
-    (None: no cap); ``attempts`` for each range; ``timeout_s`` to connect, and between two reads.
+    ``workers`` transfers at once, each over ``connections`` at most, and all of them over ``max_connections``
+    and at ``rate_bytes_per_s`` (None: no cap); ``attempts`` for each range; ``timeout_s`` to connect, and
+    between two reads.
     """
 
     workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
@@ -52,6 +53,7 @@ class TransferSettings:
     rate_bytes_per_s: _Rate | None = None
     attempts: Annotated[int, msgspec.Meta(ge=1, le=20)] = 5
     timeout_s: Annotated[float, msgspec.Meta(ge=0.1, le=600)] = 30.0
+    max_connections: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 16
 
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_REF_CHARS)]
@@ -69,6 +71,7 @@ class SourceSettings:
     ``require_digest`` refuses a revision with a file that the origin does not attest. Files that match none
     of ``include`` (when there are any) or one of ``exclude`` are left out; pickled weights are, unless
     ``allow_pickle``. ``options`` go to fsspec; a value ``env:NAME`` or ``file:/path`` is read from there.
+    ``rate_bytes_per_s`` and ``connections`` are the most for all transfers from here together.
     """
 
     prefix: _Name
@@ -85,6 +88,8 @@ class SourceSettings:
     exclude: _Globs = ()
     allow_pickle: bool = False
     options: dict[str, str] = field(default_factory=dict)
+    rate_bytes_per_s: _Rate | None = None
+    connections: Annotated[int, msgspec.Meta(ge=1, le=4096)] | None = None
 
     def covers(self, ref: str) -> bool:
         """Whether ``ref`` lies under the prefix: a longer name than the prefix's last is another's."""

@@ -14,7 +14,10 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from cached.config import SourceSettings, TransferSettings
 from cached.fetch import FetchJob
+from cached.fetch.gate import Gate
+from cached.fetch.todo import Todo
 from cached.fetch.transfer import Transfer
+from cached.fetch.wire import Pace
 from cached.model import CachedError, ErrorKind, Manifest, Problem, Ref, Revision, parse_ref
 from cached.sources import Origins
 
@@ -62,7 +65,8 @@ class Asker:
         job = FetchJob(revision, str(folder), (None,) * len(revision.files), False)
         source = self.origins.source_for(revision.ref, SourceSettings("hf://"))
         settings = TransferSettings(attempts=2)
-        return Transfer(job, source, settings, lambda index, blob: None, lambda done, got: None).run()
+        ignore = (lambda index, blob: None, lambda done, got: None)
+        return Transfer(job, source, settings, *ignore, Gate(Pace(None, 4, False)), Todo()).run()
 
 
 @pytest.fixture

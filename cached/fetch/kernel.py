@@ -6,11 +6,11 @@ on top of what is guaranteed otherwise (the pipe's end, the caps, fsync).
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import platform
 import signal
+import threading
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -18,8 +18,12 @@ _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 _IOPRIO_WHO_PROCESS = 1
 # Best effort, the last of its eight levels: the idle class could wait for ever on a busy node.
 _IOPRIO_LOWEST = (2 << 13) | 7
+# None: by the CPU priority, as for everybody who never asked.
+_IOPRIO_NONE = 0
 _SYNC_FILE_RANGE_WRITE = 2
 BACKGROUND_NICE = 10
+FOREGROUND_NICE = os.getpriority(os.PRIO_PROCESS, 0)
+"""What this process was started with."""
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -31,12 +35,27 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def stand_back() -> None:
-    """Lower the calling thread's CPU and I/O priority, for good; threads that it starts inherit them."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, BACKGROUND_NICE)
+    """Lower the calling thread's CPU and I/O priority; threads that it starts inherit them."""
+    set_priority(threading.get_native_id(), background=True)
+
+
+def set_priority(thread_id: int, background: bool) -> bool:
+    """Lower one thread's CPU and I/O priority, or give both back. False where the kernel refuses.
+
+    Anybody may lower, and change the level of I/O; to raise a thread's CPU priority again takes root,
+    CAP_SYS_NICE or an RLIMIT_NICE (LimitNICE=, --ulimit nice) that allows it.
+    """
     number = _IOPRIO_SET.get(platform.machine())
     if number is not None:
-        ctypes.CDLL(None, use_errno=True).syscall(number, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_LOWEST)
+        priority = _IOPRIO_LOWEST if background else _IOPRIO_NONE
+        ctypes.CDLL(None, use_errno=True).syscall(number, _IOPRIO_WHO_PROCESS, thread_id, priority)
+    try:
+        os.setpriority(os.PRIO_PROCESS, thread_id, BACKGROUND_NICE if background else FOREGROUND_NICE)
+    except ProcessLookupError:
+        pass  # the thread has ended
+    except OSError:
+        return False
+    return True
 
 
 class Writeback:

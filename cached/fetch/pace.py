@@ -39,6 +39,13 @@ class RateLimit:
             self._free_at_s = max(self._free_at_s, now_s) + size_bytes / self._bytes_per_s
             return max(0.0, self._free_at_s - now_s)
 
+    def change(self, bytes_per_s: int | None, now_s: float) -> None:
+        """Go on at another rate. What is booked and not yet earned stays so, in bytes."""
+        with self._lock:
+            ahead_bytes = max(0.0, self._free_at_s - now_s) * (self._bytes_per_s or 0)
+            self._bytes_per_s = bytes_per_s
+            self._free_at_s = now_s + (ahead_bytes / bytes_per_s if bytes_per_s else 0.0)
+
 
 def backoff_s(attempt: int, retry_after_s: float, chance: float) -> float:
     """The wait after attempt number ``attempt`` (from 1) failed; ``chance`` is uniform in [0, 1).

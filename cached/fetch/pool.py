@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Never
 
@@ -21,6 +21,8 @@ import msgspec
 
 from cached.config import SourceSettings, TransferSettings, source_for
 from cached.durable import FsyncFailed
+from cached.fetch.flights import Flight, Flights, Usage
+from cached.fetch.share import Caps, Limit, Running, divide
 from cached.fetch.wire import (
     MAX_LINE_BYTES,
     Advanced,
@@ -29,6 +31,8 @@ from cached.fetch.wire import (
     Fetched,
     FetchJob,
     Mismatch,
+    Order,
+    Pace,
     Reply,
     Request,
     Resolve,
@@ -36,17 +40,20 @@ from cached.fetch.wire import (
     Sealed,
     Verified,
     Verify,
+    Wanted,
     decode_reply,
     encode,
 )
-from cached.model import Blob, CachedError, Digest, Manifest, Ref, Revision, temporary
+from cached.model import Blob, CachedError, Digest, Manifest, Ref, Revision, RevisionKey, temporary
 
 RESOLVE_WORKERS = 2
 VERIFY_WORKERS = 1
 IDLE_S = 60.0
 KILL_WAIT_S = 10.0
 LAST_WORDS_S = 1.0
+DIVIDE_EVERY_S = 0.25
 RETRY_DIED_S = 1.0
+MAX_UNHEARD_BYTES = 64 * 1024
 STDERR_PIECES = 8
 STDERR_PIECE_BYTES = 1024
 
@@ -67,6 +74,11 @@ class FetchPool:
         self._fetching = _Lane(settings.workers)
         self._resolving = _Lane(RESOLVE_WORKERS)
         self._verifying = _Lane(VERIFY_WORKERS)
+        self._flights = Flights()
+        self._flying: dict[Flight, _Worker] = {}
+        self._caps = _caps_of(settings, sources)
+        self._background_share = 1.0
+        self._next_division: asyncio.TimerHandle | None = None
 
     @property
     def busy(self) -> int:
@@ -105,21 +117,114 @@ class FetchPool:
         async def on_reply(reply: Reply) -> None:
             match reply:
                 case Advanced(done_bytes=done_bytes, origin_bytes=origin_bytes):
+                    if flight.usage is not None:
+                        flight.usage.origin_bytes = origin_bytes
                     on_progress(done_bytes, origin_bytes)
+                case Wanted(digest=digest):
+                    self._tell([(flight, self._flights.claim(flight, digest))])
+                    if flight.revision.key in self._flights.urgent():
+                        self._divide()  # what it now waits for is urgent as well
                 case Sealed(index=index, blob=blob):
                     await on_blob(index, blob)
+                    self._tell(self._flights.committed(flight, blob))
 
-        async with self._borrow(self._fetching) as worker:
-            ref = job.revision.ref
-            request = Fetch(job, self._settings, source_for(self._sources, ref))
-            last = await worker.ask(request, f"fetching {ref}", on_reply)
-            if isinstance(last, Failed):
-                # Raised here, so that the worker is gone, and its locks with it, before anybody tries again.
-                raise _error_of(last)
+        ref = job.revision.ref
+        with self.enlist(job.revision, job.background) as flight:
+            async with self._borrow(self._fetching) as worker:
+                with self._aloft(flight, worker) as pace:
+                    request = Fetch(job, self._settings, source_for(self._sources, ref), pace)
+                    last = await worker.ask(request, f"fetching {ref}", on_reply)
+                if isinstance(last, Failed):
+                    # Raised here, so that the worker and its locks are gone before anybody tries again.
+                    raise _error_of(last)
         match last:
             case Fetched(manifest=manifest):
                 return manifest
         _unexpected(last)
+
+    # --- transfers beside each other --------------------------------------------------------
+
+    @contextlib.contextmanager
+    def enlist(self, revision: Revision, background: bool) -> Iterator[Flight]:
+        """A fetch of ``revision`` begins. Entered before anybody looks at what the store has of it, so that
+        nothing is missed of what others commit meanwhile; ``fetch`` does it by itself where nobody did."""
+        known = self._flights.get(revision.key)
+        if known is not None:
+            yield known
+            return
+        flight = self._flights.begin(revision, background)
+        try:
+            yield flight
+        finally:
+            self._tell(self._flights.end(flight))
+
+    def set_background(self, key: RevisionKey, background: bool) -> None:
+        """Nobody waits any longer for a fetch that runs, or somebody does now."""
+        flight = self._flights.get(key)
+        if flight is not None:
+            flight.background = background
+            self._divide()
+
+    def set_background_share(self, share: float) -> None:
+        """How much of its speed (0 to 1) what nobody waits for may have from now."""
+        if share != self._background_share:
+            self._background_share = share
+            self._divide()
+
+    @contextlib.contextmanager
+    def _aloft(self, flight: Flight, worker: _Worker) -> Iterator[Pace]:
+        """Counted among those that share the line. Gives the pace to begin with."""
+        flight.usage = Usage(asyncio.get_running_loop().time())
+        self._flying[flight] = worker
+        try:
+            self._divide()
+            assert flight.pace is not None
+            if self._next_division is None:
+                self._look_later()
+            yield flight.pace
+        finally:
+            del self._flying[flight]
+            self._divide()
+
+    def _look_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._next_division = loop.call_later(DIVIDE_EVERY_S, self._look) if self._flying else None
+
+    def _look(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        for flight in self._flying:
+            assert flight.usage is not None
+            flight.usage.look(now_s)
+        self._divide()
+        self._look_later()
+
+    def _divide(self) -> None:
+        urgent = self._flights.urgent()
+        running = {one: self._running(one, one.revision.key not in urgent) for one in self._flying}
+        paces = divide(running, self._caps, self._background_share)
+        # Who gets less hears it first.
+        for flight, pace in sorted(paces.items(), key=lambda entry: not entry[1].background):
+            # The first one goes with the request.
+            if flight.pace is None or (pace != flight.pace and self._flying[flight].tell(pace)):
+                flight.pace = pace
+
+    def _running(self, flight: Flight, background: bool) -> Running:
+        usage, pace = flight.usage, flight.pace
+        assert usage is not None
+        return Running(
+            source_for(self._sources, flight.revision.ref).prefix,
+            background,
+            self._settings.connections,
+            None if pace is None else pace.rate_bytes_per_s,
+            usage.most_bytes_per_s(asyncio.get_running_loop().time()),
+            usage.best_bytes_per_s,
+        )
+
+    def _tell(self, orders: list[tuple[Flight, Order]]) -> None:
+        for flight, order in orders:
+            # Who has no worker yet asks once it has, and is told then.
+            if flight in self._flying:
+                self._flying[flight].tell(order)
 
     async def verify(
         self, files: tuple[tuple[str, Digest, int], ...], on_progress: Callable[[int], None]
@@ -253,13 +358,22 @@ class _Worker:
             await self._stdin.drain()
             while line := await self._stdout.readline():
                 reply = decode_reply(line)
-                if not isinstance(reply, Advanced | Sealed):
+                if not isinstance(reply, Advanced | Wanted | Sealed):
                     return reply
                 await on_reply(reply)
         except (ConnectionError, msgspec.DecodeError) as error:
             # A line that broke off midway, or a pipe that did: either way the process is done for.
             raise await self._died(doing) from error
         raise await self._died(doing)
+
+    def tell(self, order: Order) -> bool:
+        """Say something to the fetch that runs. False where the process does not listen: what changes all the
+        time is then not worth its memory."""
+        late = self._stdin.transport.get_write_buffer_size() > MAX_UNHEARD_BYTES
+        if self._stdin.is_closing() or (late and isinstance(order, Pace)):
+            return False
+        self._stdin.write(encode(order))
+        return True
 
     async def _died(self, doing: str) -> CachedError:
         # It is at its end already; its own status says more than that of a kill.
@@ -301,6 +415,12 @@ def _pidfd_of(pid: int) -> int | None:
         return os.pidfd_open(pid)
     except ProcessLookupError:
         return None  # it ended at once
+
+
+def _caps_of(settings: TransferSettings, sources: tuple[SourceSettings, ...]) -> Caps:
+    limits = {source.prefix: Limit(source.rate_bytes_per_s, source.connections) for source in sources}
+    of_sources = {prefix: limit for prefix, limit in limits.items() if limit != Limit()}
+    return Caps(Limit(settings.rate_bytes_per_s, settings.max_connections), of_sources)
 
 
 async def _ignore(reply: Reply) -> None:

@@ -19,8 +19,9 @@ from pathlib import Path, PurePosixPath
 
 from cached.config import TransferSettings
 from cached.durable import FsyncFailed, Partial, world_error
-from cached.fetch.kernel import Writeback, stand_back
-from cached.fetch.pace import RateLimit, patiently
+from cached.fetch.gate import Gate, GateClosedError
+from cached.fetch.kernel import Writeback
+from cached.fetch.pace import patiently
 from cached.fetch.part import (
     Buffers,
     Filling,
@@ -32,6 +33,7 @@ from cached.fetch.part import (
     part_paths,
     read_tensors,
 )
+from cached.fetch.todo import Todo
 from cached.fetch.wire import MAX_MANIFEST_TENSORS, FetchJob
 from cached.model import (
     Blob,
@@ -57,6 +59,10 @@ class _StoppedError(Exception):
     """Another thread failed or all is done: this one has nothing more to do."""
 
 
+class _ReplacedError(Exception):
+    """Another thread, of the right priority, goes on with this one's work."""
+
+
 class Transfer:
     """Runs once. After ``run`` raised, the process has to end: threads of it may still be at work, and
     the partial blobs stay open and locked until then, so that no descriptor changes its meaning under them.
@@ -69,8 +75,11 @@ class Transfer:
         settings: TransferSettings,
         sealed: Callable[[int, Blob], None],
         advanced: Callable[[int, int], None],
+        gate: Gate,
+        todo: Todo,
     ) -> None:
-        """``sealed`` is called from any thread, one at a time for one file; ``advanced`` from ``run``'s."""
+        """``sealed`` is called from any thread, one at a time for one file; ``advanced`` from ``run``'s.
+        ``gate`` and ``todo``, which is empty yet, are told of what changes outside."""
         assert len(job.have) == len(job.revision.files)
         self._job = job
         self._files = job.revision.files
@@ -79,17 +88,19 @@ class Transfer:
         self._settings = settings
         self._sealed = sealed
         self._advanced = advanced
-        self._limit = RateLimit(settings.rate_bytes_per_s)
+        self._gate = gate
+        self._todo = todo
         # One lock for everything below; it is held for moments, never while disk or origin are asked.
         self._changed = threading.Condition()
-        self._todo: deque[int] = deque()
         self._buffers = Buffers(settings.connections + SPARE_BUFFERS)
+        self._successors: deque[Callable[[], None]] = deque()
         self._open: list[tuple[Part, Reader]] = []
         self._blobs: list[Blob | None] = list(job.have)
         self._tensors: dict[int, tuple[Tensor, ...]] = {}
         self._done_bytes = 0
         self._origin_bytes = 0
         self._owners_left = 0
+        self._chunks = 0
         self._error: BaseException | None = None
         self._stop = threading.Event()
 
@@ -102,6 +113,8 @@ class Transfer:
         threads = self._start_threads()
         while not self._stop.wait(PROGRESS_S):
             self._advanced(self._done_bytes, self._origin_bytes)
+            while self._successors:
+                threads.append(self._start_thread(self._successors.popleft()))
         if self._error is not None:
             self._advanced(self._done_bytes, self._origin_bytes)
             raise self._error
@@ -127,29 +140,33 @@ class Transfer:
             elif spec.sha256 is not None and content in first:
                 copies[index] = first[content]
             else:
-                self._todo.append(index)
+                self._todo.add(index, spec.sha256)
+                self._chunks += chunk_count(spec.size_bytes)
                 first[content] = index
         return copies
 
     def _start_threads(self) -> list[threading.Thread]:
-        chunks = sum(chunk_count(self._files[index].size_bytes) for index in self._todo)
         self._owners_left = min(self._settings.connections, len(self._todo))
         if self._owners_left == 0:
             self._stop.set()
             return []
         jobs = [self._own_files] * self._owners_left
-        jobs += [self._download] * min(self._settings.connections, chunks)
-        threads = [threading.Thread(target=self._guarded, args=(job,), daemon=True) for job in jobs]
-        for thread in threads:
-            thread.start()
-        return threads
+        jobs += [self._download] * min(self._settings.connections, self._chunks)
+        return [self._start_thread(job) for job in jobs]
+
+    def _start_thread(self, job: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=self._guarded, args=(job,), daemon=True)
+        thread.start()
+        return thread
 
     def _guarded(self, job: Callable[[], None]) -> None:
-        if self._job.background:
-            stand_back()
         try:
-            job()
-        except _StoppedError:
+            with self._gate.working():
+                job()
+        except _ReplacedError:
+            # Threads start with the priority of whoever starts them: run()'s was never lowered.
+            self._successors.append(job)
+        except (_StoppedError, GateClosedError):
             pass
         except BaseException as error:  # whatever it is, run() raises it, and the process ends
             with self._changed:
@@ -159,11 +176,18 @@ class Transfer:
     def _finish(self) -> None:
         self._stop.set()
         self._changed.notify_all()
+        self._gate.close()
+        self._todo.close()
+
+    def _check_priority(self) -> None:
+        if self._gate.is_too_low():
+            raise _ReplacedError
 
     # --- downloaders ------------------------------------------------------------------------
 
     def _download(self) -> None:
         while True:
+            self._check_priority()
             part, reader, chunks, buffer = self._take()
             if part.sequential:
                 self._download_whole(part, reader, set(chunks), buffer)
@@ -191,13 +215,15 @@ class Transfer:
         start = filling.position
 
         def attempt() -> None:
-            # Goes on where the attempt before broke off.
-            for count in self._pieces(part, reader, filling, (filling.position, filling.stop)):
-                filling.add(count)
-                self._count(count)
+            # Goes on where the attempt before broke off, or where the connection was given up.
+            while filling.position < filling.stop:
+                bounds = (filling.position, filling.stop)
+                for count in self._pieces(part, reader, filling, bounds, may_leave=True):
+                    filling.add(count)
+                    self._count(count)
 
         try:
-            patiently(attempt, self._settings.attempts, self._pause)
+            patiently(lambda: self._gate.forgiving(attempt), self._settings.attempts, self._pause)
         except RangesIgnoredError:
             self._count(start - filling.position)
             self._change_to_sequential(part, filling)
@@ -215,7 +241,7 @@ class Transfer:
 
         def attempt() -> None:
             self._count(-stream.begin())
-            for count in self._pieces(part, reader, stream, (0, part.spec.size_bytes)):
+            for count in self._pieces(part, reader, stream, (0, part.spec.size_bytes), may_leave=False):
                 filling = stream.add(count)
                 if filling is None:
                     continue
@@ -226,7 +252,7 @@ class Transfer:
                     if not stream.wanted and filling.stop < part.spec.size_bytes:
                         return
 
-        patiently(attempt, self._settings.attempts, self._pause)
+        patiently(lambda: self._gate.forgiving(attempt), self._settings.attempts, self._pause)
         with self._changed:
             part.streaming = False
             self._free(stream.buffer)
@@ -246,22 +272,20 @@ class Transfer:
         self._changed.notify_all()
 
     def _pieces(
-        self, part: Part, reader: Reader, into: Filling | Stream, bounds: tuple[int, int]
+        self, part: Part, reader: Reader, into: Filling | Stream, bounds: tuple[int, int], may_leave: bool
     ) -> Iterator[int]:
-        with contextlib.closing(reader.read(*bounds, into.space)) as counts:
+        """What the origin gives, to the end; or less, where leaving is possible and the gate wants it."""
+        with self._gate.connection(), contextlib.closing(reader.read(*bounds, into.space)) as counts:
             began_s = time.monotonic()
             for count in counts:
                 part.piece_took(time.monotonic() - began_s)
-                self._origin_bytes_came(count)
+                with self._changed:
+                    self._origin_bytes += count
+                leave = self._gate.passed(count, may_leave)
                 yield count
+                if leave:
+                    return
                 began_s = time.monotonic()
-
-    def _origin_bytes_came(self, count: int) -> None:
-        with self._changed:
-            self._origin_bytes += count
-        wait_s = self._limit.book(count, time.monotonic())
-        if wait_s > 0 or self._stop.is_set():
-            self._pause(wait_s)
 
     def _pause(self, seconds: float) -> None:
         if self._stop.wait(seconds):
@@ -288,15 +312,25 @@ class Transfer:
     # --- owners -----------------------------------------------------------------------------
 
     def _own_files(self) -> None:
-        while not self._stop.is_set():
-            with self._changed:
-                if not self._todo:
-                    self._owners_left -= 1
-                    if self._owners_left == 0:
-                        self._finish()
-                    return
-                index = self._todo.popleft()
-            self._own(index)
+        while (found := self._todo.take()) is not None:
+            index, blob = found
+            if blob is None:
+                self._own(index)
+            else:
+                self._adopt(index, blob)
+            self._check_priority()
+        with self._changed:
+            self._owners_left -= 1
+            if self._owners_left == 0:
+                self._finish()
+
+    def _adopt(self, index: int, blob: Blob) -> None:
+        """Another transfer brought this content, and the store has it."""
+        spec = self._files[index]
+        _check_size(spec.path, spec.size_bytes, blob)
+        self._tensors[index] = self._tensors_of_committed(index, blob)
+        self._blobs[index] = blob
+        self._count(spec.size_bytes)
 
     def _own(self, index: int) -> None:
         spec = self._files[index]
@@ -322,7 +356,7 @@ class Transfer:
             raise
         with self._changed:
             self._open.remove((part, reader))
-        if self._job.background:
+        if self._gate.background:
             partial.forget_cache()
         for resource in (reader, writeback, partial):
             resource.close()

@@ -1,7 +1,8 @@
 """What the pool and its workers say to each other: one JSON line each, over the worker's stdin and stdout.
 
 Owns the words and their encoding; no I/O. A worker has one request at a time, answers it with any
-number of ``Advanced`` and ``Sealed``, and closes it with exactly one of the others.
+number of ``Advanced``, ``Wanted`` and ``Sealed``, and closes it with exactly one of the others. Orders may
+come while a fetch runs; when none does, they mean nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class FetchJob:
     """Bring a revision's files into ``ingest_dir``, which is ``ingest/<revision key>`` of a store.
 
     ``have[i]`` is the blob of file ``i`` where the store has it already, else None. A ``background`` job
-    runs at low priority and leaves no page cache behind.
+    begins as one that nobody waits for.
     """
 
     revision: Revision
@@ -40,6 +41,43 @@ class Mismatch:
     reason: str
 
 
+# --- orders ---------------------------------------------------------------------------------
+
+
+class Pace(msgspec.Struct, frozen=True, tag=True):
+    """How a fetch may go on from now: its rate (None: no limit) and connections over all its files.
+
+    Without connections it is held: it leaves its ranges, and reads what it could not go on with later (files
+    of an origin without ranges) at this rate. A ``background`` one runs at low priority and leaves no page
+    cache behind.
+    """
+
+    rate_bytes_per_s: int | None
+    connections: int
+    background: bool
+
+
+class Yours(msgspec.Struct, frozen=True, tag=True):
+    """The content is this worker's to fetch."""
+
+    digest: Digest
+
+
+class Taken(msgspec.Struct, frozen=True, tag=True):
+    """Another worker fetches the content: ``Have`` or ``Yours`` follows."""
+
+    digest: Digest
+
+
+class Have(msgspec.Struct, frozen=True, tag=True):
+    """The store has this blob by now."""
+
+    blob: Blob
+
+
+Order = Pace | Yours | Taken | Have
+
+
 # --- requests -------------------------------------------------------------------------------
 
 
@@ -53,6 +91,7 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
     job: FetchJob
     settings: TransferSettings
     source: SourceSettings
+    pace: Pace
 
 
 class Verify(msgspec.Struct, frozen=True, tag=True):
@@ -72,6 +111,12 @@ class Advanced(msgspec.Struct, frozen=True, tag=True):
 
     done_bytes: int
     origin_bytes: int = 0
+
+
+class Wanted(msgspec.Struct, frozen=True, tag=True):
+    """May this content be fetched here? Answered by ``Yours``, ``Taken`` or ``Have``."""
+
+    digest: Digest
 
 
 class Sealed(msgspec.Struct, frozen=True, tag=True):
@@ -100,20 +145,20 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     fsync: bool = False
 
 
-Reply = Advanced | Sealed | Resolved | Fetched | Verified | Failed
+Reply = Advanced | Wanted | Sealed | Resolved | Fetched | Verified | Failed
 
 
 _encoder = msgspec.json.Encoder()
-_requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
+_requests: msgspec.json.Decoder[Request | Order] = msgspec.json.Decoder(Request | Order)
 _replies: msgspec.json.Decoder[Reply] = msgspec.json.Decoder(Reply)
 
 
-def encode(message: Request | Reply) -> bytes:
+def encode(message: Request | Order | Reply) -> bytes:
     """The message as one line, its newline included."""
     return _encoder.encode(message) + b"\n"
 
 
-def decode_request(line: bytes) -> Request:
+def decode_request(line: bytes) -> Request | Order:
     return _requests.decode(line)
 
 

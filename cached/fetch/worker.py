@@ -13,12 +13,15 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import dataclass
 from typing import BinaryIO, Never, assert_never
 
 from cached.config import TransferSettings
 from cached.durable import FsyncFailed
+from cached.fetch.gate import Gate
 from cached.fetch.kernel import die_with_parent, stand_back
 from cached.fetch.pace import patiently
+from cached.fetch.todo import Todo
 from cached.fetch.transfer import Transfer
 from cached.fetch.verify import verify
 from cached.fetch.wire import (
@@ -26,6 +29,8 @@ from cached.fetch.wire import (
     Failed,
     Fetch,
     Fetched,
+    Order,
+    Pace,
     Reply,
     Request,
     Resolve,
@@ -33,11 +38,30 @@ from cached.fetch.wire import (
     Sealed,
     Verified,
     Verify,
+    Wanted,
     decode_request,
     encode,
 )
 from cached.model import Blob, CachedError, ErrorKind, Problem
 from cached.sources import Origins
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request, and what orders that come while it runs are given to."""
+
+    request: Request
+    gate: Gate | None = None
+    todo: Todo | None = None
+
+    def hear(self, order: Order) -> None:
+        """Said to whatever was asked last: an order that comes too late changes nothing."""
+        if self.gate is None or self.todo is None:
+            return
+        if isinstance(order, Pace):
+            self.gate.change(order)
+        else:
+            self.todo.hear(order)
 
 
 class Worker:
@@ -47,10 +71,17 @@ class Worker:
         self._origins: Origins | None = None
         self._origins_settings: TransferSettings | None = None
 
-    def answer(self, request: Request) -> bool:
+    def prepare(self, request: Request) -> Asked:
+        """Make what orders can be given to, as they may come before the work on the request begins."""
+        if not isinstance(request, Fetch):
+            return Asked(request)
+        return Asked(request, Gate(request.pace), Todo(lambda digest: self._say(Wanted(digest))))
+
+    def answer(self, asked: Asked) -> bool:
         """Do what is asked and say how it went. False when this process has to end."""
+        request = asked.request
         try:
-            self._say(self._do(request))
+            self._say(self._do(asked))
         except CachedError as error:
             self._say(Failed(error.problem))
             return not isinstance(request, Fetch)
@@ -59,14 +90,17 @@ class Worker:
             return False
         return True
 
-    def _do(self, request: Request) -> Reply:
+    def _do(self, asked: Asked) -> Reply:
+        request = asked.request
         match request:
             case Resolve(ref=ref, settings=settings, source=about):
                 origins = self._origins_for(settings)
                 return Resolved(patiently(lambda: origins.resolve(ref, about), settings.attempts, time.sleep))
             case Fetch(job=job, settings=settings, source=about):
                 source = self._origins_for(settings).source_for(job.revision.ref, about)
-                return Fetched(Transfer(job, source, settings, self._sealed, self._advanced).run())
+                assert asked.gate is not None and asked.todo is not None
+                told = (self._sealed, self._advanced)
+                return Fetched(Transfer(job, source, settings, *told, asked.gate, asked.todo).run())
             case Verify(files=files):
                 stand_back()
                 return Verified(verify(files, self._advanced))
@@ -103,13 +137,25 @@ def _fsync_problem(error: FsyncFailed) -> Problem:
     )
 
 
-def _read_requests(requests: queue.SimpleQueue[bytes]) -> None:
-    """Pass requests on until the pool closes the pipe or is gone; then end the process at once."""
+def _read_requests(worker: Worker, requests: queue.SimpleQueue[Asked]) -> None:
+    """Pass requests and orders on until the pool closes the pipe or is gone; then end the process at once."""
+    last: Asked | None = None
+    status = 1
     try:
         for line in sys.stdin.buffer:
-            requests.put(line)
+            said = decode_request(line)
+            if isinstance(said, Order):
+                if last is not None:
+                    last.hear(said)
+            else:
+                last = worker.prepare(said)
+                requests.put(last)
+        status = 0
+    except BaseException:  # a fault of ours: the pool shows the last line of this
+        traceback.print_exc()
+        sys.stderr.flush()
     finally:
-        os._exit(0)
+        os._exit(status)
 
 
 def _own_stdout() -> BinaryIO:
@@ -122,10 +168,10 @@ def _own_stdout() -> BinaryIO:
 def main() -> None:
     die_with_parent(int(sys.argv[1]))
     worker = Worker(_own_stdout())
-    requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
+    requests: queue.SimpleQueue[Asked] = queue.SimpleQueue()
+    threading.Thread(target=_read_requests, args=(worker, requests), daemon=True).start()
     try:
-        while worker.answer(decode_request(requests.get())):
+        while worker.answer(requests.get()):
             pass
     except BaseException:  # a fault of ours: the pool shows the last line of this
         traceback.print_exc()

@@ -166,13 +166,14 @@ class Effects:
     async def _transfer(self, revision: Revision, background: bool) -> None:
         key = revision.key
         log.info("fetching", ref=revision.ref, revision=key, size_bytes=revision.size_bytes)
-        ingest = await self._disk.call(self._store.begin_fetch, revision, time.time())
-        job = FetchJob(revision, str(ingest.directory), ingest.have, background)
 
         async def committed(index: int, blob: Blob) -> None:
             await self._disk.call(self._store.commit_blob, key, index, blob)
 
-        manifest = await self._pool.fetch(job, self._progress(key), committed)
+        with self._pool.enlist(revision, background):
+            ingest = await self._disk.call(self._store.begin_fetch, revision, time.time())
+            job = FetchJob(revision, str(ingest.directory), ingest.have, background)
+            manifest = await self._pool.fetch(job, self._progress(key), committed)
         # From here the artifact will be there: stopping now would only make the facts harder to tell.
         self._committing.add(key)
         now = time.time()
