@@ -252,7 +252,12 @@ def _with_sizes(path: Path, table: Mapping[str, Any], prefix: str) -> dict[str, 
     """``table`` with every size that was written as text turned into bytes; the key's unit says which."""
     values = dict(table)
     for key, value in table.items():
-        if isinstance(value, Mapping):
+        if key in _ELEMENTS and not prefix and isinstance(value, list):
+            values[key] = [
+                _with_sizes(path, element, f"{key}[{number}].") if isinstance(element, Mapping) else element
+                for number, element in enumerate(value)
+            ]
+        elif isinstance(value, Mapping) and key != "options":  # whose keys are others' words
             values[key] = _with_sizes(path, value, f"{prefix}{key}.")
         elif isinstance(value, str) and key.endswith(("_bytes", "_bytes_per_s")):
             size = parse_size(value)

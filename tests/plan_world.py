@@ -420,6 +420,10 @@ class World:
                 assert not any(isinstance(w, t.Fetch) and w.revision == revision for w in self.works)
                 assert sum(isinstance(w, t.Fetch) for w in self.works) < state.fetch_slots
                 assert self.wanting(revision.key), "fetches what nobody wants"
+            case t.Rank(key, background):
+                waited_for = any(c.kind is ClaimKind.LEASE for c in self.wanting(key))
+                assert background is not waited_for
+                assert any(isinstance(w, t.Fetch) and w.revision.key == key for w in self.works)
             case t.StopFetch(key):
                 waited_for = [c for c in self.wanting(key) if c.kind is ClaimKind.LEASE]
                 assert not waited_for, f"stops what {waited_for} wait for"

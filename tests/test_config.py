@@ -147,6 +147,12 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(
         ("data_dir = 3", "data_dir: expected `str`, got `int`"),
         ('data_dir = "models"', "data_dir: 'models' is not absolute"),
         ('run_dir = ""', "run_dir: '' is not absolute"),
+        (
+            "[[source]]\nprefix = 'hf://a'\nrate_bytes_per_s = 'much'",
+            "source[0].rate_bytes_per_s: 'much' is not a size",
+        ),
+        ("[[source]]\nprefix = 'hf://a'\nconnections = 0", "source[0].connections: expected `int` >= 1"),
+        ("[transfer]\nmax_connections = 0", "transfer.max_connections: expected `int` >= 1"),
         ("[source]\nprefix = 'hf://a'", "source: expected a list of tables"),
         ("[[source]]\nregion = 'x'", "source[0]: it has no prefix"),
         ("[[source]]\nprefix = 'models'", "source[0].prefix: 'models' has no scheme"),
@@ -178,6 +184,13 @@ def test_a_secret_in_the_file_is_not_repeated_in_the_error(tmp_path: Path) -> No
     text = "[[source]]\nprefix = 'az://a'\noptions = {account_key = 'hunter2'}"
     problem = problem_of(tmp_path, text)
     assert "hunter2" not in problem.message + problem.hint
+
+
+def test_a_source_has_caps_of_its_own_and_options_stay_text(tmp_path: Path) -> None:
+    text = "[[source]]\nprefix = 'gs://a'\nrate_bytes_per_s = '20 MB/s'\nconnections = 2\n"
+    (source,) = load(write(tmp_path, text + "options = {block_bytes = '5 MB'}"), {}).source
+    assert (source.rate_bytes_per_s, source.connections) == (20_000_000, 2)
+    assert source.options == {"block_bytes": "5 MB"}
 
 
 def test_the_longest_prefix_that_covers_a_ref_holds(tmp_path: Path) -> None:

@@ -249,6 +249,32 @@ def test_a_waiter_preempts_the_newest_background_transfer_which_resumes() -> Non
     assert t.Fetch(B, background=True) in bench.tick()
 
 
+def test_a_waiter_joining_a_prefetch_hurries_it_until_he_leaves() -> None:
+    bench = Bench(fetch_slots=2)
+    bench.fetching(A, ClaimKind.PREFETCH)
+    lease = bench.claim(A, fresh=True)
+    assert bench.tick() == [t.Resolve(A.ref)]
+    bench.happen(t.Resolved(A))
+    assert bench.tick() == [t.Rank(A.key, background=False)]
+    # Now it is no background transfer that another waiter could stop.
+    bench.fetching(B, ClaimKind.LEASE)
+    bench.claim(C)
+    bench.tick()
+    bench.happen(t.Resolved(C))
+    assert bench.tick() == []
+    bench.happen(t.ClaimEnded(lease))
+    assert bench.tick() == [t.Rank(A.key, background=True), t.StopFetch(A.key)]
+    bench.happen(t.FetchStopped(A.key))
+    assert bench.tick() == [t.Fetch(C, background=False)]
+
+
+def test_a_transfer_that_lost_its_last_claim_is_stopped_and_not_ranked() -> None:
+    bench = Bench()
+    lease = bench.fetching(A)
+    bench.happen(t.ClaimEnded(lease))
+    assert bench.tick() == [t.StopFetch(A.key)]
+
+
 def test_a_waiter_does_not_preempt_another() -> None:
     bench = Bench(fetch_slots=1)
     bench.fetching(A)

@@ -66,6 +66,7 @@ class Effects:
         self._fetches: dict[RevisionKey, asyncio.Task[None]] = {}
         self._loads: dict[tuple[Device, ArtifactId], asyncio.Task[None]] = {}
         self._committing: set[RevisionKey] = set()
+        self._background: dict[RevisionKey, bool] = {}
         self.durable: set[ClaimId] = set()
         self.origin_bytes = 0
 
@@ -75,8 +76,12 @@ class Effects:
             case t.Resolve(ref):
                 self.core.spawn(self._resolve(ref), f"resolve {ref}")
             case t.Fetch(revision, background):
-                task = self.core.spawn(self._fetch(revision, background), f"fetch {revision.ref}")
+                self._background[revision.key] = background
+                task = self.core.spawn(self._fetch(revision), f"fetch {revision.ref}")
                 self._fetches[revision.key] = task
+            case t.Rank(key, background):
+                self._background[key] = background  # it may not have begun yet
+                self._pool.set_background(key, background)
             case t.StopFetch(key):
                 self._stop_fetch(key)
             case t.Discard(key, drop):
@@ -109,6 +114,7 @@ class Effects:
         if key not in self.fetching:
             # A task that is cancelled before its first step never runs, and would never say that it ended.
             self._fetches.pop(key).cancel()
+            self._background.pop(key, None)
             self.core.post(t.FetchStopped(key))
         elif key not in self._committing:
             self._fetches[key].cancel()
@@ -140,13 +146,13 @@ class Effects:
         except CachedError as error:
             self._tell(error.problem, ref=note.ref)
 
-    async def _fetch(self, revision: Revision, background: bool) -> None:
+    async def _fetch(self, revision: Revision) -> None:
         key, began = revision.key, time.monotonic()
         self.fetching[key] = Meter(Phase.FETCHING, revision.size_bytes, began)
         self._metrics.set_transfers_in_progress(len(self.fetching))
         outcome: Outcome = "failed"
         try:
-            await self._transfer(revision, background)
+            await self._transfer(revision, self._background[key])
             outcome = "done"
             self._metrics.phase_took("fetch", time.monotonic() - began)
         except asyncio.CancelledError:
@@ -159,6 +165,7 @@ class Effects:
         finally:
             self.fetching.pop(key)
             self._fetches.pop(key, None)
+            self._background.pop(key, None)
             self._committing.discard(key)
             self._metrics.transfer_ended(outcome)
             self._metrics.set_transfers_in_progress(len(self.fetching))

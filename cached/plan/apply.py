@@ -458,8 +458,10 @@ def _started(state: State, action: t.Action, now: float) -> None:
         case t.Resolve(ref):
             before = state.resolutions.get(ref, t.Resolution(t.Step.IDLE))
             state.resolutions[ref] = replace(before, step=t.Step.RUNNING, problem=None)
-        case t.Fetch(revision):
-            _fetch_started(state, revision)
+        case t.Fetch(revision, background):
+            _fetch_started(state, revision, background)
+        case t.Rank(key, background):
+            state.put_transfer(replace(state.transfers[key], background=background))
         case t.StopFetch(key):
             state.put_transfer(replace(state.transfers[key], step=t.Step.STOPPING))
         case t.Discard(key):
@@ -488,11 +490,13 @@ def _started(state: State, action: t.Action, now: float) -> None:
             assert_never(action)
 
 
-def _fetch_started(state: State, revision: Revision) -> None:
+def _fetch_started(state: State, revision: Revision, background: bool) -> None:
     transfer = state.transfers[revision.key]
     if not transfer.reserved:
         state.disk.ledger.add(transfer_items(transfer))
-    state.put_transfer(replace(transfer, step=t.Step.RUNNING, reserved=True, problem=None))
+    state.put_transfer(
+        replace(transfer, step=t.Step.RUNNING, reserved=True, problem=None, background=background)
+    )
 
 
 def _load_started(state: State, device: Device, artifact: ArtifactId) -> None:

@@ -138,6 +138,7 @@ class _Draft:
     def _fetch(self) -> None:
         slots = self.state.fetch_slots - len(self.state.running)
         self._stop_unclaimed()
+        self._rank()
         for key in [key for key in self.state.unfetched.in_order(self.ended) if self._wants_fetch(key)]:
             if slots > 0:
                 slots -= self._start(self.state.transfers[key])
@@ -158,6 +159,15 @@ class _Draft:
         for key in self.state.running:
             if self.state.transfers[key].step is t.Step.RUNNING and not self._wanted(key):
                 self.actions.append(t.StopFetch(key))
+
+    def _rank(self) -> None:
+        """Tell running transfers when somebody comes to wait for them, and when nobody does any more."""
+        for key in self.state.running:
+            transfer = self.state.transfers[key]
+            background = not self.state.unfetched.urgent(key, self.ended)
+            running = transfer.step is t.Step.RUNNING and self._wanted(key)
+            if running and background != transfer.background:
+                self.actions.append(t.Rank(key, background))
 
     def _wanted(self, key: RevisionKey) -> bool:
         return self._any_left(self.state.unfetched.claims(key))

@@ -51,7 +51,8 @@ class Resolution:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A revision on its way to disk, or its leftovers there; ``reserved`` while its bytes are counted."""
+    """A revision on its way to disk, or its leftovers there; ``reserved`` while its bytes are counted.
+    ``background`` is what a running one was last told: that nobody waits for it."""
 
     revision: Revision
     step: Step
@@ -59,6 +60,7 @@ class Transfer:
     rounds: int = 0
     retry_at: float = 0.0
     problem: Problem | None = None
+    background: bool = False
 
 
 class ResidentStep(enum.Enum):
@@ -253,6 +255,14 @@ class Fetch:
 
 
 @dataclass(frozen=True, slots=True)
+class Rank:
+    """Somebody waits by now for a transfer that runs (``background`` is False), or nobody any more."""
+
+    revision: RevisionKey
+    background: bool
+
+
+@dataclass(frozen=True, slots=True)
 class StopFetch:
     revision: RevisionKey
 
@@ -341,6 +351,7 @@ class Refresh:
 Action = (
     Resolve
     | Fetch
+    | Rank
     | StopFetch
     | Discard
     | Evict
