@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kit import NodeKit, eventually, expect, running_node, said, write_model
+from kit import NodeKit, eventually, expect, running_node, said, write_model, write_sums
 
 from benchmarks.origin import Fault, Origin
 from cached.client.rpc import connect, resolve_address
+from cached.model import CHUNK_BYTES
 from cached.v1 import operator_pb2 as op
 from cached.v1.operator_pb2_grpc import OperatorStub
 
@@ -190,9 +191,7 @@ def test_who_waits_overtakes_queued_prefetches(node: NodeKit, origin: Origin, tm
         # None of them gets on: four stand in the workers' way, the others in the queue.
         origin.faults[f"p{number}/model.safetensors"] = Fault("stall", at_bytes=1000, stall_s=5)
     write_model(tmp_path / "origin" / "urgent", model_bytes, seed=99)
-    with connect(resolve_address(node.run_dir, operator=True)) as channel:
-        for ref in refs:
-            list(OperatorStub(channel).Prefetch(op.PrefetchRequest(ref=ref), timeout=10))
+    _prefetch(node, refs)
     eventually(lambda: node.metrics()["cached_transfers_in_progress"] == 4)
 
     took_s = _seconds(node, f"{origin.url}urgent/", "disk")
@@ -205,3 +204,62 @@ def test_who_waits_overtakes_queued_prefetches(node: NodeKit, origin: Origin, tm
     for ref in refs:
         sent = origin.sent[f"{ref.removeprefix(origin.url)}model.safetensors"]
         assert sent < 2 * model_bytes, f"{ref} was fetched {sent / model_bytes:.1f} times"
+
+
+def test_who_waits_takes_the_line_from_a_running_prefetch(
+    node: NodeKit, origin: Origin, tmp_path: Path
+) -> None:
+    for name, size_bytes, seed in (("p", 60 << 20, 200), ("u", 24 << 20, 201)):
+        write_model(tmp_path / "origin" / name, size_bytes, seed=seed)
+    sizes = {name: _sizes(tmp_path / "origin" / name)[f"{name}/model.safetensors"] for name in "pu"}
+    origin.rate.bytes_per_s = 12 << 20
+    before = node.metrics()["cached_origin_bytes_total"]
+    prefetched, waited = f"{origin.url}p/", f"{origin.url}u/"
+    _prefetch(node, [prefetched])
+    sent = origin.sent
+    eventually(lambda: sent["p/model.safetensors"] > 4 << 20)
+    replica = node.replica(TIMED, waited, "disk")
+    eventually(lambda: sent["u/model.safetensors"] > 0, every_s=0.01)
+    # A second later, nearly all that the origin sends is for who waits.
+    time.sleep(1)
+    then = dict(sent)
+    eventually(lambda: sent["u/model.safetensors"] >= 0.9 * sizes["u"], every_s=0.01)
+    grown = {name: sent[f"{name}/model.safetensors"] - then[f"{name}/model.safetensors"] for name in "pu"}
+    print(f"of the line the waiter had {grown['u'] / sum(grown.values()):.0%}")
+    assert grown["u"] >= 0.8 * sum(grown.values())
+    said(replica)
+    assert node.model(prefetched).state == "fetching"
+    origin.rate.bytes_per_s = None
+    eventually(lambda: node.model(prefetched).state == "verified")
+    # What the prefetch had, it kept: nothing came twice but what was on its way when it let go.
+    assert sent["p/model.safetensors"] <= sizes["p"] + 4 * CHUNK_BYTES
+    small = sum(sent[f"{name}/config.json"] for name in "pu")
+    assert node.metrics()["cached_origin_bytes_total"] - before == sum(sizes.values()) + small
+
+
+def test_64_artifacts_that_share_most_contents_cost_each_content_once(
+    node: NodeKit, origin: Origin, tmp_path: Path
+) -> None:
+    shared = [f"{number}".encode() * 20_000 for number in range(100, 109)]
+    refs = []
+    for number in range(64):
+        folder = tmp_path / "origin" / f"m{number}"
+        folder.mkdir()
+        # Each begins elsewhere, so that those that run together each have what the others want.
+        for place in range(9):
+            (folder / f"{place}.dat").write_bytes(shared[(place + number) % 9])
+        (folder / "own.dat").write_bytes(f"model {number} ".encode() * 5000)
+        write_sums(folder)
+        refs.append(f"{origin.url}m{number}/")
+    own_bytes = sum((tmp_path / "origin" / f"m{number}" / "own.dat").stat().st_size for number in range(64))
+    origin.rate.bytes_per_s = 10 << 20
+    _prefetch(node, refs)
+    eventually(lambda: all(node.model(ref).state == "verified" for ref in refs), within_s=60, every_s=0.5)
+    sent = sum(count for path, count in origin.sent.items() if not path.endswith("SHA256SUMS"))
+    assert sent == sum(map(len, shared)) + own_bytes
+
+
+def _prefetch(node: NodeKit, refs: list[str]) -> None:
+    with connect(resolve_address(node.run_dir, operator=True)) as channel:
+        for ref in refs:
+            list(OperatorStub(channel).Prefetch(op.PrefetchRequest(ref=ref), timeout=10))
