@@ -103,6 +103,7 @@ class Room:
         have: dict[int, Blob] | None = None,
         background: bool = False,
         on_blob: Callable[[int, Blob], Awaitable[None]] | None = None,
+        read_soon: bool = False,
     ) -> Manifest:
         async def note(index: int, blob: Blob) -> None:
             self.sealed.append((index, blob))
@@ -112,6 +113,7 @@ class Room:
             str(self.ingest_dir(revision)),
             tuple((have or {}).get(index) for index in range(len(revision.files))),
             background,
+            read_soon,
         )
         return await self.pool.fetch(job, self.on_progress, on_blob or note)
 
@@ -255,12 +257,16 @@ async def test_the_rate_is_kept(tmp_path: Path) -> None:
     await pool.close()
 
 
-async def test_a_background_fetch_leaves_little_in_the_page_cache(
-    room: Room, big: bytes, tmp_path: Path
+@pytest.mark.parametrize("background", [False, True])
+async def test_only_what_is_read_soon_is_left_in_the_page_cache(
+    room: Room, big: bytes, tmp_path: Path, background: bool
 ) -> None:
     revision = await room.resolve(room.put({"big.dat": big}))
-    await room.fetch(revision, background=True)
+    await room.fetch(revision, background=background)
     assert (resident_share(room.part(revision, 0)) < 0.5) is drops_pages(tmp_path)
+    soon = await room.resolve(room.put({"soon.dat": b"soon" + big}))
+    await room.fetch(soon, background=background, read_soon=True)
+    assert resident_share(room.part(soon, 0)) > 0.9
 
 
 # --- origins that lie or fail ---------------------------------------------------------------

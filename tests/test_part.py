@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
+from residentkit import drops_pages, resident_share
 
 from cached.durable import Partial
 from cached.fetch.kernel import Writeback
@@ -98,19 +99,7 @@ def test_writing_past_the_cache_leaves_none_of_it(make_part: MakePart, tmp_path:
     part, buffer = make_part(True), Buffers(1).take()
     assert buffer is not None
     fill(Filling(part, 0, buffer))
-    # On a file system without such writes (there are few) this would be the whole chunk.
-    assert resident_bytes(tmp_path / "p", CHUNK_BYTES) < CHUNK_BYTES // 2
-
-
-def resident_bytes(path: Path, size_bytes: int) -> int:
-    import ctypes
-    import mmap
-
-    with path.open("rb") as file, mmap.mmap(file.fileno(), size_bytes, access=mmap.ACCESS_COPY) as mapped:
-        pages = (ctypes.c_ubyte * (size_bytes // mmap.PAGESIZE))()
-        begin = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(begin), ctypes.c_size_t(size_bytes), pages) == 0
-        return sum(page & 1 for page in pages) * mmap.PAGESIZE
+    assert (resident_share(tmp_path / "p") < 0.5) is drops_pages(tmp_path)
 
 
 def test_only_what_the_proof_reaches_by_itself_is_held(make_part: MakePart) -> None:

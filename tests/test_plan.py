@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from plan_world import (
     BYTES_OF,
@@ -35,7 +37,7 @@ from cached.model import (
     Resident,
     Revision,
 )
-from cached.plan import State, apply, evict_problem, plan
+from cached.plan import State, apply, evict_problem, is_read_soon, plan
 from cached.plan import types as t
 from cached.plan.apply import LAST_BACKOFF_S, ORIGIN_SETTLES_S, backoff_s
 from cached.plan.decide import MOST_ROUNDS, OUR_DEATHS, REFRESH_AFTER_S, ROOM_RETRY_S, STANDBY_WAIT_S
@@ -128,6 +130,20 @@ def held_claim(name: str, revision: Revision, device: Device = DISK) -> Claim:
         ClaimId(name), ClaimKind.LEASE, revision.ref, device, START - 50,
         revision=revision.key, artifact=ID[revision.ref], holder=Holder(uid=1000, pid=7, host="web-1"),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("device", "holder", "soon"),
+    [(DISK, None, False), (HOST, None, True), (DISK, Holder(uid=1000, pid=7, host="web-1"), True)],
+)
+def test_what_a_replica_waits_for_or_a_device_is_read_soon(
+    device: Device, holder: Holder | None, soon: bool
+) -> None:
+    bench = Bench()
+    claim = make_claim("c", A, ClaimKind.LEASE, device, START, False, None)
+    bench.happen(t.ClaimMade(replace(claim, holder=holder)), t.Resolved(A))
+    bench.tick()
+    assert is_read_soon(bench.state, A.key) is soon
 
 
 def only(actions: list[t.Action], kind: type[t.Action]) -> list[t.Action]:

@@ -335,8 +335,8 @@ class Transfer:
     def _own(self, index: int) -> None:
         spec = self._files[index]
         paths = part_paths(self._ingest_dir, index)
-        # What nobody waits for goes past the page cache, which others on this node need more.
-        partial = Partial.open(*paths, spec.size_bytes, direct=self._job.background)
+        # The page cache is for what is read soon; the rest of it others on this node need more.
+        partial = Partial.open(*paths, spec.size_bytes, direct=not self._job.read_soon)
         writeback = Writeback(paths[0])
         reader = self._source.open(self._job.revision.ref, spec)
         part = Part.resume(index, spec, partial, writeback)
@@ -356,7 +356,7 @@ class Transfer:
             raise
         with self._changed:
             self._open.remove((part, reader))
-        if self._gate.background:
+        if not self._job.read_soon:
             partial.forget_cache()
         for resource in (reader, writeback, partial):
             resource.close()

@@ -31,6 +31,7 @@ class FetchJob:
     ingest_dir: str
     have: tuple[Blob | None, ...]
     background: bool
+    read_soon: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ from cached.model import (
 from cached.node.core import Core
 from cached.node.disk import Disk
 from cached.node.meter import Meter
+from cached.plan import is_read_soon
 from cached.plan import types as t
 from cached.standby import Standby
 from cached.store import Store
@@ -179,7 +180,8 @@ class Effects:
 
         with self._pool.enlist(revision, background):
             ingest = await self._disk.call(self._store.begin_fetch, revision, time.time())
-            job = FetchJob(revision, str(ingest.directory), ingest.have, background)
+            read_soon = is_read_soon(self.core.state, key)
+            job = FetchJob(revision, str(ingest.directory), ingest.have, background, read_soon)
             manifest = await self._pool.fetch(job, self._progress(key), committed)
         # From here the artifact will be there: stopping now would only make the facts harder to tell.
         self._committing.add(key)

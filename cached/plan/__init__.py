@@ -5,7 +5,7 @@ indexes in ``state``. Imports only the words of ``model``: no clock, no I/O, no 
 """
 
 from cached.plan.apply import apply
-from cached.plan.decide import evict_problem, plan
+from cached.plan.decide import evict_problem, is_read_soon, plan
 from cached.plan.state import Place, State
 
-__all__ = ["Place", "State", "apply", "evict_problem", "plan"]
+__all__ = ["Place", "State", "apply", "evict_problem", "is_read_soon", "plan"]

@@ -440,6 +440,13 @@ def _no_room_on_device(
     )
 
 
+def is_read_soon(state: State, key: RevisionKey) -> bool:
+    """Whether somebody reads a revision's files as soon as they are there: a replica that waits for them,
+    or a standby that is to load them."""
+    claims = (state.claims[claim] for claim in state.unfetched.claims(key))
+    return any(claim.device != DISK or claim.holder is not None for claim in claims)
+
+
 def evict_problem(state: State, artifact_id: ArtifactId) -> Problem | None:
     """Why an operator's eviction is refused: the claims on it, with their holders; None if it is not."""
     claims = [state.claims[c] for c in state.claimed.get(artifact_id, ())]
