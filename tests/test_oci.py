@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from httpkit import Answer, Site, redirect
+from httpkit import Answer, Proxy, Site, make_authority, redirect
 from ocikit import (
     DOCKER_IMAGE,
     DOCKER_LIST,
@@ -258,6 +258,7 @@ def test_missing_repositories_tags_and_layers_are_told_apart(running: Registry, 
         ([(b"x", {TITLE: "../x"})], "UNSAFE_PATH"),
         ([(b"x", {TITLE: "/etc/passwd"})], "UNSAFE_PATH"),
         ([(b"x", {TITLE: "a"}), (b"y", {FILE_PATH: "a"})], "BAD_MANIFEST"),
+        ([(b"x", {TITLE: "a"}), (b"y", {TITLE: "a/b"})], "BAD_MANIFEST"),
         ([], "NO_FILES"),
     ],
 )
@@ -462,6 +463,27 @@ def test_a_token_server_that_is_none_is_said_to_be_none(
     site.answers["/v2/m/manifests/v1"] = Answer(b"", 401, {"WWW-Authenticate": challenge})
     site.answers["/token?scope=repository%3Am%3Apull"] = Answer(answer)
     assert asker.refused(ref_on(site)).reason == "BAD_CHALLENGE"
+
+
+def test_a_token_server_is_no_way_to_this_machines_services(site: Site) -> None:
+    challenge = Answer(b"", 401, {"WWW-Authenticate": f'Bearer realm="{site.url}token"'})
+    site.answers["/v2/m/manifests/v1"] = challenge
+    with Proxy({"registry.test": site.port}) as proxy:
+        asker = Asker(MINE=LOGIN, HTTP_PROXY=proxy.url)
+        problem = asker.refused("oci://registry.test/m:v1", endpoint="http://registry.test", token_env="MINE")
+    assert (problem.kind, problem.reason) == (ErrorKind.DENIED, "UNSAFE_REDIRECT")
+    assert [path for _, path, _ in site.asked] == ["/v2/m/manifests/v1"]
+
+
+def test_a_token_server_without_tls_is_told_nothing(site: Site, tmp_path: Path) -> None:
+    authority, context = make_authority(tmp_path, "127.0.0.1")
+    with Site(context()) as secure:
+        challenge = Answer(b"", 401, {"WWW-Authenticate": f'Bearer realm="{site.url}token"'})
+        secure.answers["/v2/m/manifests/v1"] = challenge
+        asker = Asker(MINE=LOGIN, SSL_CERT_FILE=str(authority))
+        problem = asker.refused(ref_on(secure), endpoint=secure.url, token_env="MINE")
+    assert problem.reason == "BAD_CHALLENGE" and "without TLS" in problem.message
+    assert site.asked == []
 
 
 def test_credentials_stay_with_the_registry_and_layers_may_lie_elsewhere(site: Site) -> None:

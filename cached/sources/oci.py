@@ -137,7 +137,7 @@ class OciSource:
             if manifest.manifests is not None:
                 raise _bad_manifest(ref, "its index leads to another index")
         layers = _named(manifest.layers or [], ref)
-        check_names(layers, str(ref))
+        check_names(layers, ref, _bad_manifest)
         chosen = select(layers, self._settings, ref)
         files = tuple(_spec(path, layer, ref) for path, layer in sorted(layers.items()) if path in chosen)
         return Revision(ref, revision_key(ref, files), files)

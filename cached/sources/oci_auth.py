@@ -29,6 +29,8 @@ from cached.sources.secrets import token_of
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_ANSWER_BYTES = 256 * 1024
 MAX_TOKEN_CHARS = 64 * 1024
+MAX_CHALLENGES = 8
+MAX_CHALLENGE_CHARS = 4096
 MAX_REPOS = 256
 """More have their tokens asked for anew."""
 TOKEN_S = 60.0
@@ -160,7 +162,7 @@ class RegistryAuth:
             while len(data) <= MAX_ANSWER_BYTES and (piece := response.read(64 * 1024)):
                 data += piece
         try:
-            return _TOKEN.decode(bytes(data[: MAX_ANSWER_BYTES + 1]))
+            return _TOKEN.decode(bytes(data))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             # What it did answer may have a token in it.
             raise _bad_realm(url, realm, "answers what no token server does") from error
@@ -201,8 +203,9 @@ def hint_of(known: bool) -> str:
             "or auths in docker's config.json"
         )
     return (
-        "give this node credentials that may pull it: token_env or token_file in a [[source]] table "
-        "(user:password, or a token), or auths in docker's config.json; credential helpers are not run"
+        "correct the name, or give this node credentials that may pull it: token_env or token_file in a "
+        "[[source]] table (user:password, or a token), or auths in docker's config.json (whose credential "
+        "helpers are not run)"
     )
 
 
@@ -214,8 +217,8 @@ def _parse(challenges: Sequence[str]) -> dict[str, dict[str, str]]:
     """Each scheme that we know, in lower case, with its parameters."""
     return {
         scheme.lower(): {name.lower(): quoted or bare for name, quoted, bare in _PARAMETER.findall(rest)}
-        for challenge in challenges[:8]
-        for scheme, rest in _CHALLENGE.findall(challenge[:8192])
+        for challenge in challenges[:MAX_CHALLENGES]
+        for scheme, rest in _CHALLENGE.findall(challenge[:MAX_CHALLENGE_CHARS])
     }
 
 

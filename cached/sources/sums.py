@@ -7,7 +7,7 @@ naming anything outside its folder. Pure.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from cached.model import MAX_FILES, CachedError, Digest, ErrorKind, check_relative_path, permanent
 
@@ -41,21 +41,27 @@ def parse_sums(data: bytes, where: str) -> dict[str, Digest]:
     return dict(sorted(sums.items()))
 
 
-def check_names(paths: Iterable[str], where: str) -> None:
-    """Refuse a set of paths that is empty, too large, unsafe, or has one path as file and as folder."""
+def check_names(
+    paths: Iterable[str], where: str, bad: Callable[[str, str], CachedError] | None = None
+) -> None:
+    """Refuse a set of paths that is empty, too large, unsafe, or has one path as file and as folder.
+
+    ``bad`` makes the error from where and what, for a listing that is no SHA256SUMS.
+    """
+    bad = bad or _bad
     names = set(paths)
     if not names:
         raise permanent(
             ErrorKind.NOT_FOUND, "NO_FILES", f"{where} names no file", "put the model's files there"
         )
     if len(names) > MAX_FILES:
-        raise _bad(where, f"it names {len(names)} files, and {MAX_FILES} are the most")
+        raise bad(where, f"it names {len(names)} files, and {MAX_FILES} are the most")
     for path in names:
         check_relative_path(path)
         parts = path.split("/")
         for depth in range(1, len(parts)):
             if "/".join(parts[:depth]) in names:
-                raise _bad(where, f"{'/'.join(parts[:depth])!r} is both a file and the folder of {path!r}")
+                raise bad(where, f"{'/'.join(parts[:depth])!r} is both a file and the folder of {path!r}")
 
 
 def _text(data: bytes, where: str) -> str:
