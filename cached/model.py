@@ -142,6 +142,11 @@ class Revision:
         """Whether the origin vouched for every file's content."""
         return all(f.attested for f in self.files)
 
+    @property
+    def commit(self) -> str:
+        """The commit that a ref of the Hub was, which each of its files has as version; empty for others."""
+        return self.files[0].version if hub_parts(self.ref) and self.files else ""
+
     def content_key(self, index: int) -> str:
         """What file ``index`` is counted under: its digest, or a name of its own until it has one."""
         spec = self.files[index]
@@ -180,7 +185,10 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What fetching a revision made. ``artifacts/<hex>.json`` and a handoff's index are this, as JSON."""
+    """What fetching a revision made. ``artifacts/<hex>.json`` and a handoff's index are this, as JSON.
+
+    ``commit`` is the revision's; older records do without.
+    """
 
     id: ArtifactId
     ref: Ref
@@ -188,6 +196,7 @@ class Manifest:
     attested: bool
     files: tuple[ManifestFile, ...]
     tensors: tuple[Tensor, ...]
+    commit: str = ""
 
     def distinct_blobs(self) -> tuple[Blob, ...]:
         """Each content once, in order of first appearance: the order of a handoff's descriptors."""
@@ -209,13 +218,21 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A resolution that led to a proven artifact: lets a warm acquire do without its origin."""
+    """A resolution that led to a proven artifact: lets a warm acquire do without its origin.
+
+    ``commit`` is the revision's; older records do without.
+    """
 
     ref: Ref
     revision: RevisionKey
     artifact: ArtifactId
     attested: bool
     resolved_at: float
+    commit: str = ""
+
+
+def note_of(revision: Revision, artifact: ArtifactId, resolved_at: float) -> Note:
+    return Note(revision.ref, revision.key, artifact, revision.attested, resolved_at, revision.commit)
 
 
 def artifact_id(files: Iterable[tuple[str, int, str]]) -> ArtifactId:
@@ -253,6 +270,8 @@ _REGISTRY = re.compile(
     rf"/{_WORD}(?:/{_WORD})*)(?P<tag>:[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}})?(?P<digest>@sha256:[0-9a-f]{{64}})?"
 )
 _FRAGMENT = re.compile(r"sha256=([0-9A-Fa-f]{64})")
+HUB_BRANCH = "main"
+"""What a ref of the Hub means that names no revision."""
 
 
 def parse_ref(text: str) -> Ref:
@@ -280,6 +299,14 @@ def parse_ref(text: str) -> Ref:
     address, mark, fragment = text.partition("#")
     _check_folder(text, scheme, address.partition("://")[2])
     return Ref(address.rstrip("/") + "/") if not mark else _file_ref(text, address, fragment)
+
+
+def hub_parts(ref: Ref) -> tuple[str, str] | None:
+    """(``org/name``, branch or tag or commit) of a ref of the Hub; None for every other."""
+    if not ref.startswith("hf://"):
+        return None
+    repo, _, revision = ref.removeprefix("hf://").partition("@")
+    return repo, revision or HUB_BRANCH
 
 
 def _hub_ref(text: str, rest: str) -> Ref:

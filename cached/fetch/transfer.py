@@ -437,7 +437,8 @@ class Transfer:
             )
         revision = self._job.revision
         name = artifact_id((file.path, file.blob.size_bytes, file.blob.sha256) for file in files)
-        return Manifest(name, revision.ref, revision.key, revision.attested, tuple(files), tensors)
+        attested, commit = revision.attested, revision.commit
+        return Manifest(name, revision.ref, revision.key, attested, tuple(files), tensors, commit)
 
 
 def _reader_of(fd: int) -> Callable[[memoryview, int], int]:

@@ -34,6 +34,7 @@ from cached.model import (
     Ref,
     Revision,
     RevisionKey,
+    note_of,
     temporary,
 )
 from cached.node.core import Core
@@ -138,7 +139,7 @@ class Effects:
         known = self.core.state.proven.get(revision.key)
         self.core.post(t.Resolved(revision))
         if known is not None:
-            await self._note(Note(ref, revision.key, known, revision.attested, time.time()))
+            await self._note(note_of(revision, known, time.time()))
 
     async def _note(self, note: Note) -> None:
         """Write down what a ref resolved to. No promise: where that fails, the origin is asked again."""
@@ -187,7 +188,7 @@ class Effects:
         self._committing.add(key)
         now = time.time()
         artifact = await self._disk.call(self._store.commit_artifact, manifest, revision, now)
-        note = Note(revision.ref, key, artifact.id, revision.attested, now)
+        note = note_of(revision, artifact.id, now)
         log.info("proven", ref=revision.ref, artifact=artifact.id, size_bytes=artifact.size_bytes)
         self.core.post(t.Fetched(key, artifact, note))
 

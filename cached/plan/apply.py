@@ -25,6 +25,7 @@ from cached.model import (
     Resident,
     Revision,
     RevisionKey,
+    note_of,
 )
 from cached.plan import types as t
 from cached.plan.ledger import Item
@@ -229,7 +230,7 @@ def _resolved(state: State, revision: Revision, now: float) -> None:
     waiting = state.unresolved.claims(revision.ref)
     proven = state.proven.get(revision.key)
     if proven is not None:
-        _add_note(state, Note(revision.ref, revision.key, proven, revision.attested, now))
+        _add_note(state, note_of(revision, proven, now))
     elif waiting and revision.key not in state.transfers:
         state.put_transfer(t.Transfer(revision, t.Step.IDLE))
     _retry_fetch(state, revision.key)

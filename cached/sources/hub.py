@@ -29,6 +29,7 @@ from cached.model import (
     FileSpec,
     Ref,
     Revision,
+    hub_parts,
     is_digest,
     permanent,
     revision_key,
@@ -40,7 +41,6 @@ from cached.sources.secrets import read_secret, token_of
 from cached.sources.sums import check_names
 
 ENDPOINT = "https://huggingface.co"
-DEFAULT_REVISION = "main"
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 MAX_PAGES = 200
 LOCATION_S = 300.0
@@ -274,8 +274,9 @@ _TREE = msgspec.json.Decoder(list[_Entry])
 
 
 def _parts(ref: Ref) -> tuple[str, str]:
-    repo, _, revision = ref.removeprefix("hf://").partition("@")
-    return repo, revision or DEFAULT_REVISION
+    parts = hub_parts(ref)
+    assert parts is not None, ref
+    return parts
 
 
 def _spec(entry: _Entry, commit: str) -> FileSpec:

@@ -32,10 +32,13 @@ from cached.model import (
 VERSION = b"1\n"
 PENDING = ".pending-"
 NEW_TREE = ".new-"
+HUB_SCRATCH = ".ref.tmp"
 LARGEST_INDEX = 1_000_000
 """More chunks than a blob of 16 TB has; a journal line that names a later one is rubbish."""
 
 T = TypeVar("T")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_FOLDER = re.compile(r"models--([A-Za-z0-9][\w.-]*)--([A-Za-z0-9][\w.-]*)", re.ASCII)
 _CLAIM_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _CHUNK_LINE = re.compile(r"([0-9]{1,7}) ([0-9a-f]{32})")
 _DONE_LINE = re.compile(r"done ([0-9a-f]{64})")
@@ -230,6 +233,32 @@ class Layout:
     def new_tree(self, artifact: ArtifactId) -> Path:
         return self.trees / f"{NEW_TREE}{_hex(artifact)}"
 
+    # The Hub's cache: the names are huggingface_hub's.
+
+    @property
+    def hub(self) -> Path:
+        return self.root / "hub"
+
+    def hub_folder(self, repo: str) -> Path:
+        return self.hub / hub_folder_name(repo)
+
+    def hub_refs(self, repo: str) -> Path:
+        return self.hub_folder(repo) / "refs"
+
+    def hub_scratch(self, repo: str) -> Path:
+        """Where a ref's file is written first; not beside it, for a branch may have any name."""
+        return self.hub_folder(repo) / HUB_SCRATCH
+
+    def snapshots(self, repo: str) -> Path:
+        return self.hub_folder(repo) / "snapshots"
+
+    def snapshot(self, repo: str, commit: str) -> Path:
+        assert is_commit(commit), commit
+        return self.snapshots(repo) / commit
+
+    def new_snapshot(self, repo: str, commit: str) -> Path:
+        return self.snapshots(repo) / f"{NEW_TREE}{commit}"
+
     def note(self, ref: Ref) -> Path:
         return self.refs / f"{hashlib.sha256(ref.encode()).hexdigest()}.json"
 
@@ -249,6 +278,20 @@ class Layout:
 
     def journal(self, key: RevisionKey, index: int) -> Path:
         return self.transfer(key) / f"{index}.journal"
+
+
+def hub_folder_name(repo: str) -> str:
+    return f"models--{repo.replace('/', '--')}"
+
+
+def hub_repo(folder_name: str) -> str | None:
+    """The ``org/name`` that a folder is of; None where it is of none, or could be of two."""
+    found = _HUB_FOLDER.fullmatch(folder_name)
+    return f"{found[1]}/{found[2]}" if found and folder_name.count("--") == 2 else None
+
+
+def is_commit(text: str) -> bool:
+    return _COMMIT.fullmatch(text) is not None
 
 
 def _hex(artifact: ArtifactId) -> str:

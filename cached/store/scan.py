@@ -1,14 +1,14 @@
 """The start: makes disk and memory agree on what is proven, and finishes what a crash interrupted.
 
 Owns what is kept and what goes: manifests whose blobs are all there, blobs that an artifact or a
-transfer names, trees and notes as the manifests say. What is damaged is put aside with a reason;
-what is ours and unneeded is removed; what is not ours is left alone and reported.
+transfer names, trees, notes and the Hub's cache as the manifests say. What is damaged is put aside with
+a reason; what is ours and unneeded is removed; what is not ours is left alone and reported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +24,10 @@ from cached.model import (
     Revision,
     RevisionKey,
     artifact_id,
+    hub_parts,
     is_digest,
 )
+from cached.store.hub import HubView, Sighting, noted, origin_of
 from cached.store.layout import NEW_TREE, PENDING, Head, Ingest, Intent, Scan, TakenDown, decode, encode
 from cached.store.shelf import Shelf, check_paths
 
@@ -51,6 +53,7 @@ class _Manifest:
     revision: RevisionKey
     attested: bool
     files: tuple[_File, ...]
+    commit: str = ""
 
 
 class _Found(NamedTuple):
@@ -58,17 +61,17 @@ class _Found(NamedTuple):
     used_at: float
 
 
-def scan(shelf: Shelf, now: float) -> Scan:
+def scan(shelf: Shelf, hub: HubView, now: float) -> Scan:
     """Look at everything once. Raises CachedError where the disk refuses, FsyncFailed where it lies."""
-    return _Scan(shelf, now).run()
+    return _Scan(shelf, hub, now).run()
 
 
 class _Scan:
     """One start. The steps run in the order of ``run``; each relies on those before it."""
 
-    def __init__(self, shelf: Shelf, now: float) -> None:
+    def __init__(self, shelf: Shelf, hub: HubView, now: float) -> None:
         self._shelf, self._fs, self._at = shelf, shelf.fs, shelf.at
-        self._now = now
+        self._hub, self._now = hub, now
         self._found: dict[ArtifactId, _Found] = {}
         self._notes: dict[Ref, Note] = {}
         self._sizes: dict[Digest, int] = {}
@@ -85,6 +88,7 @@ class _Scan:
         self._check_blobs()
         self._mend_trees()
         self._mend_notes()
+        self._mend_hub()
         ingests = tuple(self._ingests())
         self._remove_unneeded()
         claims = tuple(self._claims())
@@ -140,11 +144,21 @@ class _Scan:
             manifest = decode(self._fs.read_file(path), _Manifest)
             wrong = _fault(manifest, artifact)
             if manifest is not None and wrong is None:
-                self._found[artifact] = _Found(manifest, self._fs.modified_at(path))
+                self._found[artifact] = _Found(self._with_commit(manifest), self._fs.modified_at(path))
             else:
                 reason = f"{path.name}: {wrong}"
                 self._report(artifact, reason)
                 self._shelf.set_aside(path, f"manifest-{stem}", reason, self._now)
+
+    def _with_commit(self, manifest: _Manifest) -> _Manifest:
+        """Records from before manifests had a commit: the revision that lies beside them has it."""
+        if manifest.commit or hub_parts(manifest.ref) is None:
+            return manifest
+        path = self._at.origin(manifest.id)
+        revision = decode(self._fs.read_file(path), Revision) if self._fs.size_bytes(path) else None
+        if revision is None or revision.key != manifest.revision:
+            return manifest
+        return replace(manifest, commit=revision.commit)
 
     def _read_blob_sizes(self) -> None:
         for name, size_bytes in self._fs.files_under(self._at.blobs).items():
@@ -189,8 +203,7 @@ class _Scan:
                 remove_tree(self._fs, self._at.trees / name)
         for artifact, (manifest, _) in self._found.items():
             tree = self._at.tree(artifact)
-            should = {file.path: file.blob.size_bytes for file in manifest.files}
-            if not self._fs.is_dir(tree) or self._fs.files_under(tree) != should:
+            if not self._fs.is_dir(tree) or self._fs.files_under(tree) != self._files_of(artifact):
                 self._shelf.build_tree(artifact, ((f.path, f.blob.sha256) for f in manifest.files))
 
     def _read_notes(self) -> None:
@@ -207,11 +220,28 @@ class _Scan:
             del self._notes[ref]
         for found in sorted(self._found.values(), key=lambda f: f.used_at, reverse=True):
             m = found.manifest
-            if m.ref not in self._notes:
+            note = self._notes.get(m.ref)
+            if note is None:
                 # Resolved long ago, for all anyone knows: whoever cares asks the origin soon.
-                note = Note(m.ref, m.revision, m.id, m.attested, resolved_at=0.0)
-                self._shelf.put(self._at.note(m.ref), encode(note))
-                self._notes[m.ref] = note
+                self._put_note(Note(m.ref, m.revision, m.id, m.attested, 0.0, m.commit))
+            elif m.commit and not note.commit and note.revision == m.revision:
+                self._put_note(replace(note, commit=m.commit))
+
+    def _put_note(self, note: Note) -> None:
+        self._shelf.put(self._at.note(note.ref), encode(note))
+        self._notes[note.ref] = note
+
+    def _mend_hub(self) -> None:
+        known: dict[str, Sighting | None] = {}
+        for artifact, (manifest, _) in self._found.items():
+            known[artifact] = origin_of(manifest.ref, manifest.commit, artifact)
+        known |= {ref: noted(note) for ref, note in self._notes.items()}
+        shown = {key: sighting for key, sighting in known.items() if sighting is not None}
+        for path in self._hub.mend(shown, self._files_of):
+            self._problems.append(f"{path} is not ours; it was left alone")
+
+    def _files_of(self, artifact: ArtifactId) -> dict[str, int]:
+        return {file.path: file.blob.size_bytes for file in self._found[artifact].manifest.files}
 
     # --- transfers, claims, and the rest ----------------------------------------------------
 

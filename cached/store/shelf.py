@@ -5,13 +5,14 @@ but where the store lies; whatever it needs to know, it is told or reads from di
 
 Up: blob, then tree, then manifest; the manifest's rename is the commit point. Down: manifest and the
 fsync of its directory, then tree, then blobs. Trees and notes can be made again from manifests, so
-they are written without waiting for the disk, and every start checks them.
+they are written without waiting for the disk, and every start checks them. The Hub's cache, ``hub``'s,
+comes after the manifest and goes with the tree.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -99,18 +100,21 @@ class Shelf:
 
     def build_tree(self, artifact: ArtifactId, files: Iterable[tuple[str, Digest]]) -> None:
         """Hard links under the original names, in read-only directories, seen all at once."""
-        new, tree = self.at.new_tree(artifact), self.at.tree(artifact)
+        links = {path: self.at.blob(digest) for path, digest in files}
+        self.link_all(links, self.at.new_tree(artifact), self.at.tree(artifact))
+
+    def link_all(self, links: Mapping[str, Path], new: Path, target: Path) -> None:
+        """Make ``target`` a directory of these names, built as ``new`` beside it."""
         remove_tree(self.fs, new)
-        remove_tree(self.fs, tree)
-        named = list(files)
-        parents = {new / PurePosixPath(path).parent for path, _ in named}
+        remove_tree(self.fs, target)
+        parents = {new / PurePosixPath(path).parent for path in links}
         for directory in sorted({new, *parents}):
             self.fs.make_dir(directory)
-        for path, digest in named:
-            self.fs.link(self.at.blob(digest), new / path)
+        for path, source in links.items():
+            self.fs.link(source, new / path)
         for directory in _with_parents(parents, new):
             self.fs.chmod(directory, TREE_MODE)
-        self.fs.rename(new, tree)
+        self.fs.rename(new, target)
 
     # --- down -------------------------------------------------------------------------------
 

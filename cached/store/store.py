@@ -27,9 +27,11 @@ from cached.model import (
     Revision,
     RevisionKey,
     artifact_id,
+    note_of,
     permanent,
     temporary,
 )
+from cached.store.hub import HubView, noted, origin_of
 from cached.store.layout import VERSION, IngestPlan, Intent, Layout, Scan, Withdrawn, decode, encode
 from cached.store.scan import scan
 from cached.store.shelf import PRIVATE_MODE, Shelf, check_paths
@@ -55,6 +57,7 @@ class Store:
         self._entries: dict[ArtifactId, _Entry] = {}
         self._owners: dict[Digest, set[ArtifactId]] = {}
         self._notes: dict[Ref, Note] = {}
+        self._hub = HubView(shelf)
 
     # --- start and end ----------------------------------------------------------------------
 
@@ -84,7 +87,7 @@ class Store:
 
     def scan(self, now: float) -> Scan:
         """What is on disk, after finishing whatever a crash interrupted."""
-        found = scan(self._shelf, now)
+        found = scan(self._shelf, self._hub, now)
         self._entries, self._owners = {}, {}
         for artifact, head in zip(found.artifacts, found.heads, strict=True):
             self._index(artifact.id, head.attested, (digest for digest, _ in artifact.blobs))
@@ -188,6 +191,7 @@ class Store:
         Raises CachedError: ``BLOB_MISSING`` (temporary) when a blob was dropped in between.
         """
         assert manifest.revision == revision.key and manifest.ref == revision.ref
+        assert manifest.commit == revision.commit
         files = [(f.path, f.blob.size_bytes, f.blob.sha256) for f in manifest.files]
         assert manifest.id == artifact_id(files), manifest.id
         check_paths([path for path, _, _ in files])
@@ -205,8 +209,9 @@ class Store:
             self._shelf.put(self._at.origin(manifest.id), encode(revision))
             replace_file(self._fs, self._at.manifest(manifest.id), encode(manifest))
             self._index(manifest.id, manifest.attested, (blob.sha256 for blob in blobs))
+            self._hub.learn(manifest.id, origin_of(manifest.ref, manifest.commit, manifest.id))
         self.touch(manifest.id, now)
-        self.put_note(Note(manifest.ref, manifest.revision, manifest.id, manifest.attested, now))
+        self.put_note(note_of(revision, manifest.id, now))
         remove_tree(self._fs, self._at.transfer(revision.key))
         return Artifact(manifest.id, tuple((b.sha256, b.size_bytes) for b in blobs), now)
 
@@ -237,6 +242,7 @@ class Store:
         self._shelf.unlist([artifact])
         self._forget(artifact)
         remove_tree(self._fs, self._at.tree(artifact))
+        self._hub.forget([artifact])
         self._drop(drop)
 
     def _drop(self, digests: tuple[Digest, ...]) -> None:
@@ -252,6 +258,8 @@ class Store:
         Their intact contents stay as the transfers in the answer, ready for fetching the rest anew.
         """
         down = tuple(sorted({*artifacts, *self._owners.get(digest, ())}))
+        # First of all, and durably: the intent says nothing of where else the content is shown.
+        self._hub.forget(down)
         leftovers = self._shelf.quarantine(Intent(digest, reason, now, down))
         for artifact in down:
             self._forget(artifact)
@@ -302,9 +310,16 @@ class Store:
         self._fs.sync_dir(path.parent)
 
     def put_note(self, note: Note) -> None:
-        """Remember a resolution. Not durable: a lost one is made again from the manifest."""
+        """Remember a resolution, and show it. Not durable: a lost one is made again from the manifest.
+
+        Nothing to do for what was taken down since.
+        """
+        if note.artifact not in self._entries:
+            return
         self._shelf.put(self._at.note(note.ref), encode(note))
         self._notes[note.ref] = note
+        self._hub.learn(note.ref, noted(note))
+        self._hub.show(note.ref)
 
     def disk_free(self) -> tuple[int, int]:
         """(total, free) bytes of the file system."""
@@ -334,7 +349,7 @@ def _make_directories(fs: Fs, at: Layout) -> None:
         fs.sync_dir(at.root.parent)
         replace_file(fs, at.version, VERSION)
     fs.sync_dir(at.root)
-    for directory in (at.blobs, at.artifacts, at.trees):
+    for directory in (at.blobs, at.artifacts, at.trees, at.hub):
         fs.make_dir(directory)
     for directory in (at.refs, at.claims, at.ingest, at.quarantine):
         fs.make_dir(directory, PRIVATE_MODE)  # refs and claims may tell what others should not read
