@@ -42,19 +42,25 @@ def blob_of(content: bytes) -> Blob:
 
 
 class SmallModel:
-    """A ref with its files, and what fetching it would make. ``attested`` as its origin would have it."""
+    """A ref with its files, and what fetching it would make. ``attested`` as its origin would have it.
 
-    def __init__(self, name: str, files: Mapping[str, bytes], attested: bool = True) -> None:
-        self.ref = Ref(f"http://origin/{name}/")
+    ``version`` is that of each file: of a ref of the Hub, the commit.
+    """
+
+    def __init__(
+        self, name: str, files: Mapping[str, bytes], attested: bool = True, version: str = "etag"
+    ) -> None:
+        self.ref = Ref(name if "://" in name else f"http://origin/{name}/")
         self.contents = [files[path] for path in sorted(files)]
         specs = tuple(
-            FileSpec(path, len(files[path]), sha256(files[path]) if attested else None, version="etag")
+            FileSpec(path, len(files[path]), sha256(files[path]) if attested else None, version=version)
             for path in sorted(files)
         )
         self.revision = Revision(self.ref, revision_key(self.ref, specs), specs)
         made = tuple(ManifestFile(path, blob_of(files[path])) for path in sorted(files))
         self.id: ArtifactId = artifact_id((f.path, f.blob.size_bytes, f.blob.sha256) for f in made)
-        self.manifest = Manifest(self.id, self.ref, self.revision.key, attested, made, ())
+        commit = self.revision.commit
+        self.manifest = Manifest(self.id, self.ref, self.revision.key, attested, made, (), commit)
 
     @property
     def digests(self) -> tuple[Digest, ...]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cached.model import ArtifactId, Claim, ClaimId
+from cached.model import ArtifactId, Claim, ClaimId, Note, Ref, RevisionKey, hub_parts
 from cached.store import Scan, Store
 from cached.store.layout import Layout
 from tests.memfs import Chance, Doubles, Fate, Kill, Losses, MemFs, NamesOnly
@@ -22,12 +22,14 @@ from tests.storekit import SmallModel, deliver, fetch, pin, sha256
 ROOT = Path("/data")
 AT = Layout(ROOT)
 SHARED = b"both have this one"
-A = SmallModel("a", {"deep/model.bin": b"weights of a", "tokenizer": SHARED})
-B = SmallModel("b", {"model.bin": b"weights of b", "tokenizer": SHARED})
+A = SmallModel("hf://org/m@main", {"deep/model.bin": b"weights of a", "tokenizer": SHARED}, version="a" * 40)
+B = SmallModel("hf://org/m@v/1", {"model.bin": b"weights of b", "tokenizer": SHARED}, version="b" * 40)
 LOOSE = SmallModel("c", {"model.bin": b"nobody vouches for these", "tokenizer": SHARED}, attested=False)
 MODELS = {model.id: model for model in (A, B, LOOSE)}
 BAD = b"WEIGHTS of b"
 PIN, OTHER_PIN = pin("pin-a", A.ref), pin("pin-b", B.ref)
+COPY_OF_A = Note(Ref("hf://copy/m"), RevisionKey("c" * 64), A.id, True, 110.0, commit="c" * 40)
+A_BECAME_B = Note(A.ref, RevisionKey("d" * 64), B.id, True, 120.0, commit=B.revision.commit)
 SEEDS = range(3)
 
 
@@ -90,6 +92,10 @@ class Story:
         store.evict(model.id, model.digests)
         self.promises.gone.add(model.id)
 
+    def put_note(self, store: Store, note: Note) -> None:
+        self.step = f"note {note.ref}"
+        store.put_note(note)
+
     def put_claim(self, store: Store, claim: Claim) -> None:
         self.step = f"put {claim.id}"
         self.promises.ended.discard(claim.id)
@@ -124,6 +130,8 @@ class Story:
         self.fetch(store, A)
         self.fetch(store, B)
         self.put_claim(store, OTHER_PIN)
+        self.put_note(store, COPY_OF_A)
+        self.put_note(store, A_BECAME_B)
         self.evict(store, A)
         self.fetch(store, A)
         self.delete_claim(store, PIN)
@@ -154,6 +162,7 @@ def start(fs: MemFs) -> tuple[Store, Scan]:
 def check(fs: MemFs, found: Scan, promises: Promises) -> None:
     listed = {artifact.id for artifact in found.artifacts}
     check_contents(fs, found, promises)
+    check_hub(fs, found)
     assert promises.artifacts <= listed, "a promised artifact is gone"
     assert not promises.gone & listed, "an artifact came back"
     claims = {claim.id: claim for claim in found.claims}
@@ -194,6 +203,30 @@ def check_contents(fs: MemFs, found: Scan, promises: Promises) -> None:
     assert needed <= blobs.keys(), "a listed artifact lacks a blob"
 
 
+def check_hub(fs: MemFs, found: Scan) -> None:
+    """Whatever is noted of the Hub's refs is shown, whole; and nothing else but what is listed."""
+    snapshots = {(AT.snapshot("org/m", m.revision.commit), m.id) for m in (A, B) if m.id in ids(found)}
+    refs: dict[Path, str] = {}
+    for note in found.notes:
+        if parts := hub_parts(note.ref):
+            snapshots |= {(AT.snapshot(parts[0], note.commit), note.artifact)}
+            refs[AT.hub_refs(parts[0]) / parts[1]] = note.commit
+    links = {
+        snapshot / file.path: AT.blob(file.blob.sha256)
+        for snapshot, artifact in snapshots
+        for file in MODELS[artifact].manifest.files
+    }
+    shown = {AT.hub / path for path in fs.files_under(AT.hub)}
+    assert shown == links.keys() | refs.keys(), "the Hub's cache is not what is listed and noted"
+    assert all(fs.same_file(path, blob) for path, blob in links.items()), "a snapshot shows something else"
+    assert {path: fs.read_file(path).decode() for path in refs} == refs
+    assert len(fs.list_dir(AT.hub)) == len({path.parts[3] for path in shown}), "a folder is left over"
+
+
+def ids(found: Scan) -> set[ArtifactId]:
+    return {artifact.id for artifact in found.artifacts}
+
+
 def may_be_bad(content: bytes, promises: Promises) -> bool:
     """Nobody but the quarantine knows of the damage; until it is done, B may still be listed."""
     return content == BAD and promises.damaged and not promises.put_away
@@ -202,8 +235,9 @@ def may_be_bad(content: bytes, promises: Promises) -> bool:
 def check_before_start(fs: MemFs, promises: Promises) -> None:
     """What a replica could read through its mount while the daemon is not up yet."""
     if promises.put_away:
-        shown = fs.files_under(AT.trees)
-        assert all(fs.read_file(AT.trees / path) != BAD for path in shown), "a tree shows bad content again"
+        for top in (AT.trees, AT.hub):
+            shown = fs.files_under(top)
+            assert all(fs.read_file(top / path) != BAD for path in shown), "bad content is shown again"
 
 
 def check_work_goes_on(fs: MemFs, store: Store) -> None:
@@ -295,7 +329,7 @@ def worked(shown: Promises) -> Promises:
 
 
 def test_a_crash_in_the_middle_of_recovery_is_recovered_from(story: Story) -> None:
-    for number, moment in list(enumerate(story.moments))[::11]:
+    for number, moment in list(enumerate(story.moments))[::23]:
         for first in (Kill(), Chance(number)):
             fs = moment.fs.after(first)
             second_moments: list[MemFs] = []
@@ -328,17 +362,21 @@ def test_a_crash_while_a_store_is_made_is_no_strangers_directory() -> None:
             check(again, start(again)[1], Promises({A.id}))
 
 
-def test_an_evicted_tree_does_not_come_back_in_its_successors_place() -> None:
+def test_an_evicted_view_does_not_come_back_in_its_successors_place() -> None:
     fs = MemFs()
     store, _ = start(fs)
     fetch(store, fs, A)
     store.close()
     fs = fs.after(Kill())  # by now the kernel has written everything back by itself
+    moments: list[MemFs] = []
     store, _ = start(fs)
+    fs.before_change = lambda: moments.append(fs.copy())
     store.evict(A.id, A.digests)
-    fetch(store, fs, A)
-    after = fs.after(Fate())
-    check(after, start(after)[1], Promises({A.id}))
+    for killed in (*moments, fs.copy()):
+        store, _ = start(killed)
+        fetch(store, killed, A)
+        after = killed.after(Fate())
+        check(after, start(after)[1], Promises({A.id}))
 
 
 def test_a_power_cut_after_a_killed_making_is_no_strangers_directory() -> None:
