@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ MAX_HEADER_BYTES = 100_000_000
 """The format's own bound."""
 MAX_TENSORS = 100_000
 MAX_RANK = 64
+MAX_VALUES = 20 * MAX_TENSORS
+"""A header holds no more objects, lists and values between commas. A tensor of rank 4 has 12."""
 
 DTYPE_BITS = {
     "BOOL": 8,
@@ -46,6 +49,7 @@ DTYPE_BITS = {
     "U64": 64,
 }
 """Bits of one element, by the format's name."""
+_STRING_OR_VALUE = re.compile(rb'"[^"]*(?:"|\Z)|[\[{,]')
 
 
 def header_bytes(prefix: bytes, file_size_bytes: int, path: str = "the file") -> int:
@@ -90,12 +94,25 @@ def parse_header(
 def _load(text: bytes, path: str) -> dict[str, Any]:
     if not text.startswith(b"{"):
         raise _bad(path, f"its header starts with {text[:1]!r}, and must start with b'{{'")
+    _check_bulk(text, path)
     try:
         entries = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise _bad(path, f"its header is not JSON: {error}") from error
     assert isinstance(entries, dict)
     return entries
+
+
+def _check_bulk(text: bytes, path: str) -> None:
+    """Refuse what would fill the memory once it is parsed: 100 MB of empty lists are 3 GB as objects."""
+    if sum(map(text.count, (b"{", b"[", b","))) <= MAX_VALUES:
+        return
+    # Some may stand in strings. Without what is escaped, a string ends at the next quote.
+    count = 0
+    for found in _STRING_OR_VALUE.finditer(text.replace(b"\\\\", b"").replace(b'\\"', b"")):
+        count += found[0] in b"[{,"
+        if count > MAX_VALUES:
+            raise _bad(path, f"its header holds more than {MAX_VALUES} values")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

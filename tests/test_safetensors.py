@@ -14,6 +14,7 @@ from cached.safetensors import (
     DTYPE_BITS,
     MAX_HEADER_BYTES,
     MAX_TENSORS,
+    MAX_VALUES,
     header_bytes,
     parse_header,
 )
@@ -159,6 +160,17 @@ def _header_refusal(prefix: bytes, size_bytes: int) -> str:
 def test_too_many_tensors_are_refused() -> None:
     header = pack({str(number): entry(0, 0) for number in range(MAX_TENSORS + 1)})
     assert f"{MAX_TENSORS} are the most" in refusal(header, 0)
+
+
+def test_a_header_that_would_fill_the_memory_is_refused_unparsed() -> None:
+    header = pack(b'{"a":[' + b"[]," * MAX_VALUES + b"0]}")
+    assert f"more than {MAX_VALUES} values" in refusal(header, 0)
+
+
+def test_what_stands_in_strings_is_not_counted() -> None:
+    words = '[{,"\\' * (MAX_VALUES // 2)
+    header = pack({"__metadata__": {"[": words, "\\": words}, "a": entry(0, 8)})
+    assert [tensor.name for tensor in parse_header(header, len(header) + 8)] == ["a"]
 
 
 def test_half_a_header_is_refused() -> None:
