@@ -664,7 +664,7 @@ def union_bytes(sets: Iterable[Mapping[Any, int]]) -> int:
 
 def contents_of(ledger: object) -> Counter[str]:
     """The references that a ledger counts, per content."""
-    return Counter({key: count for key, (count, _) in ledger._contents.items() if count})  # type: ignore[attr-defined]
+    return Counter({key: count for (key, _), count in ledger._contents.items() if count})  # type: ignore[attr-defined]
 
 
 def check_queue(queue: Queue, pairs: list[tuple]) -> None:  # type: ignore[type-arg]

@@ -41,6 +41,7 @@ from cached.plan import State, apply, evict_problem, is_read_soon, plan
 from cached.plan import types as t
 from cached.plan.apply import LAST_BACKOFF_S, ORIGIN_SETTLES_S, backoff_s
 from cached.plan.decide import MOST_ROUNDS, OUR_DEATHS, REFRESH_AFTER_S, ROOM_RETRY_S, STANDBY_WAIT_S
+from cached.plan.ledger import Ledger
 
 A = make_revision("a", "a")  # 30 bytes
 B = make_revision("b", "b")  # 30 bytes
@@ -851,3 +852,19 @@ def test_the_simulated_node_meets_a_claim_in_calm() -> None:
     assert lease in world.granted and not world.refused
     assert world.memory == {artifact_of(ORIGIN[Ref(ref)][0]).id for ref in ("a", "ec")}
     assert sum(BYTES_OF[d] for d in world.blobs) == 100
+
+
+def test_a_content_that_is_listed_with_another_size_is_counted_besides() -> None:
+    """Else an origin that lies about the size of what is here would be given room that there is not."""
+    ledger = Ledger()
+    ledger.add([("a", 10), ("b", 5)])
+    draft = ledger.draft()
+    assert draft.missing_bytes([("a", 10), ("a", 1000)]) == 1000
+    draft.add([("a", 1000)])
+    assert draft.used_bytes == 1015 and ledger.used_bytes == 15
+    # Giving the lie up must not drop the content that others have.
+    assert draft.only_in([("a", 1000)]) == () and draft.only_in([("b", 5)]) == ("b",)
+    draft.remove([("a", 1000)])
+    assert draft.used_bytes == 15 and draft.only_in([("a", 10)]) == ("a",)
+    draft.remove([("a", 10)])
+    assert draft.missing_bytes([("a", 10)]) == 10 and ledger.missing_bytes([("a", 10)]) == 0

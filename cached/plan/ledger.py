@@ -5,55 +5,66 @@ Owns the arithmetic of used bytes. Knows nothing of artifacts or devices; pure.
 
 from __future__ import annotations
 
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Iterable, MutableMapping
+from typing import TypeVar
 
 Item = tuple[str, int]
 """A content's key (its digest, or a stand-in until it has one) and its size in bytes."""
+T = TypeVar("T")
 
 
 class Ledger:
-    """References and bytes per content; ``used_bytes`` is always the sum over distinct contents."""
+    """References per content; ``used_bytes`` is always the sum over distinct contents.
 
-    __slots__ = ("_contents", "used_bytes")
+    What has one key and two sizes is two contents: of an origin that lies about one of them, nobody knows
+    yet about which.
+    """
+
+    __slots__ = ("_contents", "_keys", "used_bytes")
 
     def __init__(self) -> None:
-        self._contents: MutableMapping[str, tuple[int, int]] = {}
+        self._contents: MutableMapping[Item, int] = {}
+        self._keys: MutableMapping[str, int] = {}
         self.used_bytes = 0
 
     def draft(self) -> Ledger:
         """A ledger that starts as this one and can be changed without changing it."""
         copy = Ledger()
         copy._contents = ChainMap({}, self._contents)
+        copy._keys = ChainMap({}, self._keys)
         copy.used_bytes = self.used_bytes
         return copy
 
     def add(self, items: Iterable[Item]) -> None:
         """Take one reference on each content in ``items``."""
-        for key, size_bytes in dict(items).items():
-            count, known_bytes = self._contents.get(key, (0, size_bytes))
-            self._contents[key] = (count + 1, known_bytes)
-            if count == 0:
-                self.used_bytes += known_bytes
+        for item in set(items):
+            if _change(self._contents, item, 1) == 1:
+                self.used_bytes += item[1]
+            _change(self._keys, item[0], 1)
 
     def remove(self, items: Iterable[Item]) -> None:
         """Give one reference on each content back."""
-        for key in dict(items):
-            count, size_bytes = self._contents[key]
-            assert count > 0, key
-            self._contents[key] = (count - 1, size_bytes)
-            if count == 1:
-                self.used_bytes -= size_bytes
-                if isinstance(self._contents, dict):
-                    del self._contents[key]
+        for item in set(items):
+            if _change(self._contents, item, -1) == 0:
+                self.used_bytes -= item[1]
+            _change(self._keys, item[0], -1)
 
     def missing_bytes(self, items: Iterable[Item]) -> int:
         """What adding ``items`` would add to ``used_bytes``."""
-        return sum(size for key, size in dict(items).items() if not self._count(key))
+        return sum(item[1] for item in set(items) if not self._contents.get(item))
 
     def only_in(self, items: Iterable[Item]) -> tuple[str, ...]:
         """The contents of which ``items`` hold the last reference: what removing them would drop."""
-        return tuple(key for key in dict(items) if self._count(key) == 1)
+        own = Counter(key for key, _ in set(items))
+        return tuple(key for key, count in own.items() if self._keys.get(key) == count)
 
-    def _count(self, key: str) -> int:
-        return self._contents.get(key, (0, 0))[0]
+
+def _change(counts: MutableMapping[T, int], name: T, by: int) -> int:
+    """Count, and say how many there are now; a draft keeps the zero that hides what it started from."""
+    count = counts.get(name, 0) + by
+    assert count >= 0, name
+    counts[name] = count
+    if count == 0 and isinstance(counts, dict):
+        del counts[name]
+    return count
