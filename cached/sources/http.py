@@ -42,8 +42,11 @@ RETRY_S = 2.0
 Ask = Callable[[Mapping[str, str]], AbstractContextManager[BaseHTTPResponse]]
 """Gets one file with some headers more."""
 
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
-_UNSATISFIED = re.compile(r"bytes \*/(\d+)")
+MAX_FILE_BYTES = 2**60
+# A number that is longer than that is none: it could not even be said in an error.
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,20})-([0-9]{1,20})/([0-9]{1,20}|\*)")
+_UNSATISFIED = re.compile(r"bytes \*/([0-9]{1,20})")
+_LENGTH = re.compile(r"[0-9]{1,20}")
 # How servers say that they do not answer HEAD; signed addresses say 403, as they are signed for GET.
 _NO_HEAD = {
     HTTPStatus.BAD_REQUEST,
@@ -120,9 +123,9 @@ class HttpSource:
             if response.status not in _NO_HEAD:
                 check_status(response, url)
                 check_plain(response, url)
-                size = response.headers.get("Content-Length", "")
-                if size.isdecimal():
-                    return FileSpec(path, int(size), digest, _version(response))
+                size = _length(response)
+                if size is not None:
+                    return _spec(path, size, digest, response, url)
         return self._spec_by_range(url, path, digest)
 
     def _spec_by_range(self, url: str, path: str, digest: Digest) -> FileSpec:
@@ -139,7 +142,7 @@ class HttpSource:
                 f"{url}: the server tells the file's size neither for HEAD nor for a range",
                 "serve the files from a plain web server or an object store",
             )
-        return FileSpec(path, size, digest, _version(response))
+        return _spec(path, size, digest, response, url)
 
 
 class HttpReader:
@@ -230,6 +233,17 @@ class HttpReader:
         )
 
 
+def _spec(path: str, size_bytes: int, digest: Digest, response: BaseHTTPResponse, url: str) -> FileSpec:
+    if size_bytes > MAX_FILE_BYTES:
+        raise permanent(
+            ErrorKind.FAILED,
+            "BAD_SIZE",
+            f"{url}: the server says that it has {size_bytes} bytes, and {MAX_FILE_BYTES} are the most",
+            "the server, or a proxy before it, is broken: mend or go round it",
+        )
+    return FileSpec(path, size_bytes, digest, _version(response))
+
+
 def _url(ref: Ref, path: str) -> str:
     address, mark, _ = ref.partition("#sha256=")
     return address if mark else ref + urllib.parse.quote(path)
@@ -262,5 +276,10 @@ def _told_size(response: BaseHTTPResponse) -> int | None:
     if response.status == HTTPStatus.PARTIAL_CONTENT:
         found = _CONTENT_RANGE.fullmatch(said)
         return int(found[3]) if found and found[3] != "*" else None
-    length = response.headers.get("Content-Length", "")
-    return int(length) if length.isdecimal() else None
+    return _length(response)
+
+
+def _length(response: BaseHTTPResponse) -> int | None:
+    """What the answer says of its own length; None where that is nothing, or no number."""
+    said = response.headers.get("Content-Length", "").strip()
+    return int(said) if _LENGTH.fullmatch(said) else None
