@@ -88,7 +88,7 @@ class CachedError(Exception):
 
 def permanent(kind: ErrorKind, reason: str, message: str, hint: str) -> CachedError:
     """An error that trying again cannot mend."""
-    return CachedError(Problem(kind, reason, message, hint))
+    return CachedError(Problem(kind, reason, printable(message), hint))
 
 
 def temporary(
@@ -99,7 +99,14 @@ def temporary(
     kind: ErrorKind = ErrorKind.UNAVAILABLE,
 ) -> CachedError:
     """An error that may be gone after ``retry_after_s`` seconds."""
-    return CachedError(Problem(kind, reason, message, hint, retry_after_s))
+    return CachedError(Problem(kind, reason, printable(message), hint, retry_after_s))
+
+
+def printable(text: str) -> str:
+    """What others wrote, fit for one line of a terminal or a log: other signs become their escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # --- content --------------------------------------------------------------------------------
