@@ -15,6 +15,7 @@ import threading
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
+from http.client import IncompleteRead
 from pathlib import Path
 
 import urllib3
@@ -354,12 +355,25 @@ def _connection_error(error: Exception, url: str) -> CachedError:
             f"{url}: the server's certificate is not trusted: {cause}",
             "add the authority that signed it to this node's trusted ones (SSL_CERT_FILE)",
         )
+    if isinstance(cause, urllib3.exceptions.IncompleteRead) or _has_cause(cause, IncompleteRead):
+        return temporary(
+            "ORIGIN_BROKE_OFF",
+            f"{url}: the server closed the connection in the middle of its answer",
+            "see the server's log, and what is between it and this node",
+            0.0,
+        )
     return temporary(
         "ORIGIN_UNREACHABLE",
-        f"{url}: {cause}"[:500],
+        f"{url}: {_words(cause)}"[:500],
         "check that the origin runs, and that this node reaches it; it is asked again",
         0.0,
     )
+
+
+def _words(error: BaseException) -> str:
+    """urllib3 says some things as a tuple of a text and the error that it is about."""
+    inner = error.args[-1] if isinstance(error, urllib3.exceptions.ProtocolError) and error.args else None
+    return f"{type(inner).__name__}: {inner}" if isinstance(inner, Exception) else str(error)
 
 
 def _has_cause(error: BaseException | None, kind: type[BaseException]) -> bool:
