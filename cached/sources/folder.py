@@ -154,21 +154,30 @@ def _open_inside(root: Path, path: str) -> int:
         target = shown.resolve(strict=True)
         if not target.is_relative_to(root.resolve()):
             raise _unsafe_link(shown, f"it leads to {target}, outside the folder")
-        # Not to block: a named pipe in the place of a file would be waited for without end.
+        # Looked at before it is opened, as opening a device can do something; and not to block, as a named
+        # pipe that comes in its place would be waited for without end.
+        _check_regular(shown, target.lstat())
         fd = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise _os_error(error, shown) from error
     except RuntimeError as error:
         raise _unsafe_link(shown, "its links go in a circle") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        _check_regular(shown, os.fstat(fd))
+    except CachedError:
         os.close(fd)
+        raise
+    return fd
+
+
+def _check_regular(shown: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
         raise permanent(
             ErrorKind.FAILED,
             "NOT_A_FILE",
             f"{shown} is not a regular file",
             "remove it from the model's folder",
         )
-    return fd
 
 
 def _version(found: os.stat_result) -> str:
