@@ -45,7 +45,7 @@ class TransferSettings:
 
     ``workers`` transfers at once, each over ``connections`` at most, and all of them over ``max_connections``
     and at ``rate_bytes_per_s`` (None: no cap); ``attempts`` for each range; ``timeout_s`` to connect, and
-    between two reads.
+    between two reads; ``resolve_timeout_s`` for all of asking an origin what a ref is.
     """
 
     workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
@@ -54,6 +54,7 @@ class TransferSettings:
     attempts: Annotated[int, msgspec.Meta(ge=1, le=20)] = 5
     timeout_s: Annotated[float, msgspec.Meta(ge=0.1, le=600)] = 30.0
     max_connections: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 16
+    resolve_timeout_s: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 300.0
 
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_REF_CHARS)]

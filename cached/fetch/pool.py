@@ -54,6 +54,7 @@ LAST_WORDS_S = 1.0
 DIVIDE_EVERY_S = 0.25
 RETRY_DIED_S = 1.0
 MAX_UNHEARD_BYTES = 64 * 1024
+RETRY_SLOW_S = 30.0
 STDERR_PIECES = 8
 STDERR_PIECE_BYTES = 1024
 
@@ -91,9 +92,16 @@ class FetchPool:
 
     async def resolve(self, ref: Ref) -> Revision:
         """What the origin of ``ref`` has now. Raises CachedError."""
+        most_s = self._settings.resolve_timeout_s
         async with self._borrow(self._resolving) as worker:
             request = Resolve(ref, self._settings, source_for(self._sources, ref))
-            last = await worker.ask(request, f"resolving {ref}", _ignore)
+            try:
+                # An answer that comes a byte at a time meets every timeout between two reads, and these
+                # few workers are all that resolve.
+                async with asyncio.timeout(most_s):
+                    last = await worker.ask(request, f"resolving {ref}", _ignore)
+            except TimeoutError as error:
+                raise _too_slow(ref, most_s) from error
         match last:
             case Resolved(revision=revision):
                 return revision
@@ -429,6 +437,15 @@ async def _ignore(reply: Reply) -> None:
 
 def _error_of(failed: Failed) -> Exception:
     return FsyncFailed(failed.problem.message) if failed.fsync else CachedError(failed.problem)
+
+
+def _too_slow(ref: Ref, most_s: float) -> CachedError:
+    return temporary(
+        "ORIGIN_TOO_SLOW",
+        f"{ref}: the origin did not say within {most_s:g} s which files it has",
+        "see whether it is overloaded; if it has very many files, raise [transfer] resolve_timeout_s",
+        RETRY_SLOW_S,
+    )
 
 
 def _unexpected(reply: Reply) -> Never:
