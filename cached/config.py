@@ -116,6 +116,19 @@ class StandbySettings:
     host_capacity_bytes: _Size | None = None
 
 
+_Percent = Annotated[float, msgspec.Meta(gt=0, le=100)]
+
+
+@dataclass(frozen=True, slots=True)
+class PressureSettings:
+    """Above which part of the last seconds, in percent, that somebody had to wait for CPU, I/O or memory,
+    background work stands back. 100: never."""
+
+    cpu_percent: _Percent = 60.0
+    io_percent: _Percent = 60.0
+    memory_percent: _Percent = 10.0
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Everything the daemon can be told. Directories are absolute."""
@@ -124,6 +137,7 @@ class Settings:
     run_dir: str = "/run/cached"
     store: StoreSettings = field(default_factory=StoreSettings)
     transfer: TransferSettings = field(default_factory=TransferSettings)
+    pressure: PressureSettings = field(default_factory=PressureSettings)
     standby: StandbySettings = field(default_factory=StandbySettings)
     source: Annotated[tuple[SourceSettings, ...], msgspec.Meta(max_length=256)] = ()
 

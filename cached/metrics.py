@@ -51,6 +51,11 @@ class Metrics:
         self._origin_bytes = self._counter("cached_origin_bytes", "Bytes received from origins")
         self._transfers = self._counter("cached_transfers", "Ended fetches of a revision", "outcome")
         self._in_progress = self._gauge("cached_transfers_in_progress", "Fetches that run now")
+        self._background_share = self._gauge(
+            "cached_background_share",
+            "The part of its speed that background work may have, by the node's pressure",
+        )
+        self._background_share.set(1.0)
         self._evictions = self._counter("cached_evictions", "Artifacts removed from disk to make room")
         self._evicted_bytes = self._counter("cached_evicted_bytes", "Bytes freed on disk by evictions")
         self._quarantines = self._counter("cached_quarantines", "Blobs set aside because they were corrupt")
@@ -123,6 +128,10 @@ class Metrics:
 
     def set_transfers_in_progress(self, count: int) -> None:
         self._in_progress.set(count)
+
+    def set_background_share(self, share: float) -> None:
+        """0 to 1. It stays 1 where the kernel tells of no pressure."""
+        self._background_share.set(share)
 
     def set_claims(self, leases: int, pins: int, prefetches: int) -> None:
         self._leases.set(leases)

@@ -115,7 +115,11 @@ def test_sizes(text: str, size_bytes: int | None) -> None:
     [
         ("[transfer]\nconections = 3", "transfer.conections: there is no such key", "transfer.connections?"),
         ("stor = 3", "stor: there is no such key", "did you mean store?"),
-        ("zzz = 1", "zzz: there is no such key", "data_dir, run_dir, store, transfer, standby, source"),
+        (
+            "zzz = 1",
+            "zzz: there is no such key",
+            "store, transfer, pressure, standby, source",
+        ),
         ("[[source]]\nprefx = 3", "source[0].prefx: there is no such key", "source[0].prefix?"),
         ("[store]\nworkers = 3", "store.workers: there is no such key", "capacity_bytes"),
     ],

@@ -172,11 +172,11 @@ def test_the_highest_rate_of_the_last_second_counts() -> None:
     for at_s, origin_bytes in ((100.25, 1000), (100.5, 1500), (100.75, 1500)):
         usage.origin_bytes = origin_bytes
         usage.look(at_s)
-    assert usage.most_bytes_per_s(100.75) == usage.best_bytes_per_s == 4000.0
+    assert usage.most_bytes_per_s(100.75) == 4000.0 and usage.best_bytes_per_s() is None
     usage.look(100.3 + LOOKS_BACK_S)
     assert usage.most_bytes_per_s(100.3 + LOOKS_BACK_S) == 2000.0
     usage.look(103.0)
-    assert usage.most_bytes_per_s(103.0) == 0.0 and usage.best_bytes_per_s == 4000.0
+    assert usage.most_bytes_per_s(103.0) == 0.0 and usage.best_bytes_per_s() == 4000.0
 
 
 # --- the worker's side ------------------------------------------------------------------------

@@ -104,6 +104,11 @@ def test_under_pressure_a_prefetch_goes_at_a_share_of_its_best(
     assert divide({"p": one, "w": done}, line(None), share) == expected
 
 
+def test_until_its_best_is_known_fewer_connections_have_to_do() -> None:
+    assert divide({"p": PREFETCH}, line(None), 0.25) == {"p": Pace(None, 1, True)}
+    assert divide({"p": PREFETCH}, line(None), 0.0) == {"p": Pace(PAUSED_BYTES_PER_S, 1, True)}
+
+
 def test_at_no_share_at_all_prefetches_together_still_get_on() -> None:
     one = replace(PREFETCH, best_bytes_per_s=40.0 * MB)
     paces = divide({"p": one, "q": one}, line(None), 0.0)
@@ -113,9 +118,7 @@ def test_at_no_share_at_all_prefetches_together_still_get_on() -> None:
 RATES = st.none() | st.integers(64 * 1024, 10**10)
 LIMITS = st.builds(Limit, RATES, st.none() | st.integers(1, 40))
 USED = st.none() | st.floats(0, 1e10)
-TRANSFERS = st.builds(
-    Running, st.sampled_from("abc"), st.booleans(), st.integers(1, 8), RATES, USED, st.floats(0, 1e10)
-)
+TRANSFERS = st.builds(Running, st.sampled_from("abc"), st.booleans(), st.integers(1, 8), RATES, USED, USED)
 ALL_CAPS = st.builds(Caps, LIMITS, st.dictionaries(st.sampled_from("ab"), LIMITS))
 
 

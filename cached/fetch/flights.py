@@ -25,10 +25,11 @@ class Usage:
     """What one fetch receives, seen a few times a second."""
 
     began_s: float
-    best_bytes_per_s: float = 0.0
     origin_bytes: int = 0
     _seen_bytes: int = 0
     _seen_s: float = 0.0
+    _first_s: float | None = None
+    _best_bytes_per_s: float = 0.0
     _rates: deque[tuple[float, float]] = field(default_factory=deque)
 
     def look(self, now_s: float) -> None:
@@ -38,7 +39,9 @@ class Usage:
             return
         rate = (self.origin_bytes - self._seen_bytes) / (now_s - since_s)
         self._seen_bytes, self._seen_s = self.origin_bytes, now_s
-        self.best_bytes_per_s = max(self.best_bytes_per_s, rate)
+        self._best_bytes_per_s = max(self._best_bytes_per_s, rate)
+        if self.origin_bytes and self._first_s is None:
+            self._first_s = now_s
         self._rates.append((now_s, rate))
         while self._rates[0][0] < now_s - LOOKS_BACK_S:
             self._rates.popleft()
@@ -48,6 +51,11 @@ class Usage:
         if not self.origin_bytes and now_s - self.began_s < BEGINS_S:
             return None
         return max((rate for _, rate in self._rates), default=0.0)
+
+    def best_bytes_per_s(self) -> float | None:
+        """The highest rate ever; None until it has had the time to get up to speed."""
+        known = self._first_s is not None and self._seen_s >= self._first_s + BEGINS_S
+        return self._best_bytes_per_s if known else None
 
 
 @dataclass(slots=True, eq=False)

@@ -225,7 +225,7 @@ class FetchPool:
             self._settings.connections,
             None if pace is None else pace.rate_bytes_per_s,
             usage.most_bytes_per_s(asyncio.get_running_loop().time()),
-            usage.best_bytes_per_s,
+            usage.best_bytes_per_s(),
         )
 
     def _tell(self, orders: list[tuple[Flight, Order]]) -> None:

@@ -48,15 +48,15 @@ class Caps:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """One transfer. ``used_bytes_per_s`` is the most that it received in any moment of the last second;
-    None while that cannot be told yet. ``best_bytes_per_s`` is the most it ever did."""
+    """One transfer. ``used_bytes_per_s`` is the most that it received in any moment of the last second,
+    ``best_bytes_per_s`` the most it ever did; None while that cannot be told yet."""
 
     source: str
     background: bool
     most_connections: int
     pace_bytes_per_s: int | None = None
     used_bytes_per_s: float | None = None
-    best_bytes_per_s: float = 0.0
+    best_bytes_per_s: float | None = None
 
 
 def divide(running: Mapping[K, Running], caps: Caps, background_share: float = 1.0) -> dict[K, Pace]:
@@ -94,10 +94,13 @@ def _want(one: Running, least_bytes_per_s: float) -> float:
 
 
 def _modest(one: Running, share: float, count: int) -> float:
-    want = _want(one, LEAST_BYTES_PER_S)
+    want, paused = _want(one, LEAST_BYTES_PER_S), PAUSED_BYTES_PER_S / count
     if share >= 1.0:
         return want
-    return min(want, max(share * one.best_bytes_per_s, PAUSED_BYTES_PER_S / count))
+    if one.best_bytes_per_s is None:
+        # Fewer connections have to do until it is known what a share of its speed would be.
+        return want if share > 0.0 else paused
+    return min(want, max(share * one.best_bytes_per_s, paused))
 
 
 @dataclass(slots=True)

@@ -42,6 +42,7 @@ from cached.node.core import Core
 from cached.node.disk import Disk
 from cached.node.effects import Effects, refresh_claim
 from cached.node.grants import Granted, Grants, check_ttl
+from cached.node.pressure import Pressure, own_group
 from cached.node.standbys import Standbys
 from cached.node.views import ModelView, PlaceView, Views, waiting_for
 from cached.plan import State, evict_problem
@@ -50,6 +51,7 @@ from cached.store import Scan, Store
 
 PROGRESS_EVERY_S = 0.25
 METRICS_EVERY_S = 1.0
+PRESSURE_EVERY_S = 1.0
 EVICT_WAIT_S = 60.0
 KEPT_FREE = 0.2
 """The share of the file system that the default capacity leaves free: kubelet collects images at 85 %."""
@@ -85,6 +87,8 @@ class Node:
         self._standbys = Standbys(
             run_dir, self._core, self._effects, metrics, settings.standby.host_capacity_bytes
         )
+        group = own_group(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+        self.pressure = Pressure(settings.pressure, own_dir=group)
         self._began = time.monotonic()
         self._recovered = False
 
@@ -116,6 +120,7 @@ class Node:
         self._core.spawn(self._standbys.run(), "standbys")
         self._core.spawn(self._grants.run(), "leases")
         self._core.spawn(self._measure(), "metrics")
+        self._core.spawn(self._heed_pressure(), "pressure")
 
     def _report(self, scan: Scan) -> None:
         for words in scan.problems:
@@ -153,6 +158,22 @@ class Node:
                         place.device, place.used_bytes, place.capacity_bytes, place.artifacts
                     )
             await asyncio.sleep(METRICS_EVERY_S)
+
+    async def _heed_pressure(self) -> None:
+        if not self.pressure.available():
+            log.warning(
+                "the kernel does not tell of pressure (PSI): background work does not stand back for it"
+            )
+            return
+        while True:
+            before = self.pressure.background_share()
+            self.pressure.look(time.monotonic())
+            share = self.pressure.background_share()
+            if share != before:
+                log.info("background work goes at another speed", share=share)
+            self._metrics.set_background_share(share)
+            self._pool.set_background_share(share)
+            await asyncio.sleep(PRESSURE_EVERY_S)
 
     # --- acquire ----------------------------------------------------------------------------
 

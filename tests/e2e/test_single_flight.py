@@ -234,7 +234,9 @@ def test_who_waits_takes_the_line_from_a_running_prefetch(
     # What the prefetch had, it kept: nothing came twice but what was on its way when it let go.
     assert sent["p/model.safetensors"] <= sizes["p"] + 4 * CHUNK_BYTES
     small = sum(sent[f"{name}/config.json"] for name in "pu")
-    assert node.metrics()["cached_origin_bytes_total"] - before == sum(sizes.values()) + small
+    after = node.metrics()
+    assert after["cached_origin_bytes_total"] - before == sum(sizes.values()) + small
+    assert after["cached_background_share"] == 1
 
 
 def test_64_artifacts_that_share_most_contents_cost_each_content_once(
