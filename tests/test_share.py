@@ -63,10 +63,12 @@ def test_a_prefetch_gets_what_a_waiter_demonstrably_leaves() -> None:
 
 
 def test_without_a_cap_a_prefetch_is_held_until_the_waiter_receives_nothing() -> None:
-    receiving = replace(WAITED, used_bytes_per_s=1.0)
+    receiving = replace(WAITED, used_bytes_per_s=float(LEAST_BYTES_PER_S))
     assert divide({"p": PREFETCH, "w": receiving}, line(None))["p"] == HELD
     proving = replace(WAITED, used_bytes_per_s=0.0)
     assert divide({"p": PREFETCH, "w": proving}, line(None))["p"] == Pace(None, 4, True)
+    stuck = replace(WAITED, used_bytes_per_s=LEAST_BYTES_PER_S - 1.0)
+    assert divide({"p": PREFETCH, "w": stuck}, line(None))["p"] == Pace(None, 4, True)
 
 
 def test_a_slow_waiter_leaves_its_share_to_the_other_waiter() -> None:

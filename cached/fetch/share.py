@@ -71,7 +71,7 @@ def divide(running: Mapping[K, Running], caps: Caps, background_share: float = 1
     line = _Line(running, caps)
     rates = line.rates({key: _want(one, WAITER_LEAST_BYTES_PER_S) for key, one in waited.items()})
     connections = line.connections({key: one.most_connections for key, one in waited.items()})
-    if caps.node.rate_bytes_per_s is None and any(one.used_bytes_per_s != 0.0 for one in waited.values()):
+    if caps.node.rate_bytes_per_s is None and any(_receives(one) for one in waited.values()):
         return {key: _pace(rates.get(key, 0.0), connections.get(key, 0), one) for key, one in running.items()}
     rates |= line.rates({key: _modest(one, background_share, len(others)) for key, one in others.items()})
     most = {key: max(1, math.ceil(one.most_connections * background_share)) for key, one in others.items()}
@@ -83,6 +83,11 @@ def _pace(rate: float, connections: int, one: Running) -> Pace:
     if one.background and (connections == 0 or rate < LEAST_BYTES_PER_S):
         return Pace(TRICKLE_BYTES_PER_S, 0, True)
     return Pace(None if math.isinf(rate) else int(rate), connections, one.background)
+
+
+def _receives(one: Running) -> bool:
+    """More than next to nothing, or nobody knows yet."""
+    return one.used_bytes_per_s is None or one.used_bytes_per_s >= LEAST_BYTES_PER_S
 
 
 def _want(one: Running, least_bytes_per_s: float) -> float:
