@@ -207,13 +207,14 @@ async def test_a_source_keeps_to_its_own_rate_and_leaves_the_others_alone(make: 
     origin_url = make().origin.url
     limited = SourceSettings(f"{origin_url}slow/", rate_bytes_per_s=2_000_000, connections=1)
     here = make(sources=(limited,))
-    refs = [here.put(name, {"x": content(ord(name[0]), 4_000_000)}) for name in ("slow", "fast")]
-    fetches = [await here.start(ref, background=False) for ref in refs]
+    refs = [here.put(name, {"x": content(ord(name[0]), 5_000_000)}) for name in ("slow", "fast")]
+    slow, fast = [await here.start(ref, background=False) for ref in refs]
+    await slow.until(1)
     began_s = time.monotonic()
-    await fetches[1].task
-    assert time.monotonic() - began_s < 1.5
-    await fetches[0].task
-    assert time.monotonic() - began_s > 1.6
+    await fast.task
+    assert not slow.task.done()
+    await slow.task
+    assert time.monotonic() - began_s > 5 / 2 * 0.8
 
 
 def test_where_no_priority_can_be_raised_other_threads_take_over(tmp_path: Path) -> None:

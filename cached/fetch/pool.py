@@ -123,10 +123,10 @@ class FetchPool:
         """
 
         async def on_reply(reply: Reply) -> None:
+            usage = self._heard(flight)
             match reply:
                 case Advanced(done_bytes=done_bytes, origin_bytes=origin_bytes):
-                    if flight.usage is not None:
-                        flight.usage.origin_bytes = origin_bytes
+                    usage.origin_bytes = origin_bytes
                     on_progress(done_bytes, origin_bytes)
                 case Wanted(digest=digest):
                     self._tell([(flight, self._flights.claim(flight, digest))])
@@ -181,18 +181,26 @@ class FetchPool:
 
     @contextlib.contextmanager
     def _aloft(self, flight: Flight, worker: _Worker) -> Iterator[Pace]:
-        """Counted among those that share the line. Gives the pace to begin with."""
-        flight.usage = Usage(asyncio.get_running_loop().time())
+        """Among those that share the line, once its worker is heard of. Gives the pace to begin with."""
         self._flying[flight] = worker
         try:
-            self._divide()
-            assert flight.pace is not None
+            flight.pace = self._paces((*self._sharing(), flight))[flight]
             if self._next_division is None:
                 self._look_later()
             yield flight.pace
         finally:
             del self._flying[flight]
             self._divide()
+
+    def _sharing(self) -> tuple[Flight, ...]:
+        return tuple(flight for flight in self._flying if flight.usage is not None)
+
+    def _heard(self, flight: Flight) -> Usage:
+        """Its worker has begun: a new process takes a while, in which others need not stand back yet."""
+        if flight.usage is None:
+            flight.usage = Usage(asyncio.get_running_loop().time())
+            self._divide()
+        return flight.usage
 
     def _look_later(self) -> None:
         loop = asyncio.get_running_loop()
@@ -201,31 +209,32 @@ class FetchPool:
     def _look(self) -> None:
         now_s = asyncio.get_running_loop().time()
         for flight in self._flying:
-            assert flight.usage is not None
-            flight.usage.look(now_s)
+            if flight.usage is not None:
+                flight.usage.look(now_s)
         self._divide()
         self._look_later()
 
     def _divide(self) -> None:
-        urgent = self._flights.urgent()
-        running = {one: self._running(one, one.revision.key not in urgent) for one in self._flying}
-        paces = divide(running, self._caps, self._background_share)
+        paces = self._paces(self._sharing())
         # Who gets less hears it first.
         for flight, pace in sorted(paces.items(), key=lambda entry: not entry[1].background):
-            # The first one goes with the request.
-            if flight.pace is None or (pace != flight.pace and self._flying[flight].tell(pace)):
+            if pace != flight.pace and self._flying[flight].tell(pace):
                 flight.pace = pace
+
+    def _paces(self, flights: tuple[Flight, ...]) -> dict[Flight, Pace]:
+        urgent = self._flights.urgent()
+        running = {one: self._running(one, one.revision.key not in urgent) for one in flights}
+        return divide(running, self._caps, self._background_share)
 
     def _running(self, flight: Flight, background: bool) -> Running:
         usage, pace = flight.usage, flight.pace
-        assert usage is not None
         return Running(
             source_for(self._sources, flight.revision.ref).prefix,
             background,
             self._settings.connections,
             None if pace is None else pace.rate_bytes_per_s,
-            usage.most_bytes_per_s(asyncio.get_running_loop().time()),
-            usage.best_bytes_per_s(),
+            None if usage is None else usage.most_bytes_per_s(asyncio.get_running_loop().time()),
+            None if usage is None else usage.best_bytes_per_s(),
         )
 
     def _tell(self, orders: list[tuple[Flight, Order]]) -> None:
