@@ -28,8 +28,8 @@ from cached.model import (
     artifact_id,
     revision_key,
 )
-from cached.store import Store
-from cached.store.layout import format_journal
+from cached.store import Scan, Store
+from cached.store.layout import Layout, format_journal
 
 
 def sha256(content: bytes) -> Digest:
@@ -94,3 +94,40 @@ def pin(name: str, ref: Ref) -> Claim:
 
 def renamed(claim: Claim, name: str) -> Claim:
     return replace(claim, id=ClaimId(name))
+
+
+class Home:
+    """One data directory and the means to start over in it."""
+
+    def __init__(self, fs: Fs, root: Path) -> None:
+        self.fs, self.root, self.at = fs, root, Layout(root)
+        self.store = Store.open(root, fs)
+        self.found = self.store.scan(50.0)
+
+    def restart(self, now: float = 200.0) -> Scan:
+        self.store.close()
+        self.store = Store.open(self.root, self.fs)
+        self.found = self.store.scan(now)
+        return self.found
+
+    def fetch(self, model: SmallModel, now: float = 100.0) -> None:
+        fetch(self.store, self.fs, model, now)
+
+    def blobs(self) -> set[str]:
+        return {name.partition("/")[2] for name in self.fs.files_under(self.at.blobs)}
+
+    def tree(self, model: SmallModel) -> dict[str, bytes] | None:
+        tree = self.store.tree_path(model.id)
+        if not self.fs.is_dir(tree):
+            return None
+        return {path: self.fs.read_file(tree / path) for path in self.fs.files_under(tree)}
+
+    def damage(self, content: bytes, instead: bytes) -> None:
+        """What a sick disk does to a blob: content changes under every name of it."""
+        path = self.at.blob(sha256(content))
+        self.fs.chmod(path, 0o644)
+        self.fs.write_file(path, instead)
+
+
+def files_of(model: SmallModel) -> dict[str, bytes]:
+    return {f.path: content for f, content in zip(model.manifest.files, model.contents, strict=True)}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cached.durable import Fs, Partial, RealFs
+from cached.durable import Partial, RealFs
 from cached.model import (
     CHUNK_BYTES,
     ArtifactId,
@@ -25,47 +25,14 @@ from cached.model import (
     RevisionKey,
 )
 from cached.store import Scan, Store
-from cached.store.layout import Intent, Journal, Layout, decode, encode, format_journal, parse_journal
+from cached.store.layout import Intent, Journal, decode, encode, format_journal, parse_journal
 from tests.memfs import MemFs
-from tests.storekit import SmallModel, blob_of, deliver, fetch, pin, sha256
+from tests.storekit import Home, SmallModel, blob_of, deliver, fetch, files_of, pin, sha256
 
 SHARED = b"the tokenizer that both have"
 A = SmallModel("a", {"config.json": b"{}", "deep/er/model.bin": b"weights of a", "tokenizer": SHARED})
 B = SmallModel("b", {"model.bin": b"weights of b", "tokenizer": SHARED})
 LOOSE = SmallModel("loose", {"model.bin": b"nobody vouches for this"}, attested=False)
-
-
-class Home:
-    """One data directory and the means to start over in it."""
-
-    def __init__(self, fs: Fs, root: Path) -> None:
-        self.fs, self.root, self.at = fs, root, Layout(root)
-        self.store = Store.open(root, fs)
-        self.found = self.store.scan(50.0)
-
-    def restart(self, now: float = 200.0) -> Scan:
-        self.store.close()
-        self.store = Store.open(self.root, self.fs)
-        self.found = self.store.scan(now)
-        return self.found
-
-    def fetch(self, model: SmallModel, now: float = 100.0) -> None:
-        fetch(self.store, self.fs, model, now)
-
-    def blobs(self) -> set[str]:
-        return {name.partition("/")[2] for name in self.fs.files_under(self.at.blobs)}
-
-    def tree(self, model: SmallModel) -> dict[str, bytes] | None:
-        tree = self.store.tree_path(model.id)
-        if not self.fs.is_dir(tree):
-            return None
-        return {path: self.fs.read_file(tree / path) for path in self.fs.files_under(tree)}
-
-    def damage(self, content: bytes, instead: bytes) -> None:
-        """What a sick disk does to a blob: content changes under every name of it."""
-        path = self.at.blob(sha256(content))
-        self.fs.chmod(path, 0o644)
-        self.fs.write_file(path, instead)
 
 
 @pytest.fixture(params=["real", "mem"])
@@ -74,10 +41,6 @@ def home(request: pytest.FixtureRequest, tmp_path: Path) -> Home:
         return Home(RealFs(), tmp_path / "data")
     fs = MemFs()
     return Home(fs, Path("/data"))
-
-
-def files_of(model: SmallModel) -> dict[str, bytes]:
-    return {f.path: content for f, content in zip(model.manifest.files, model.contents, strict=True)}
 
 
 def ids(found: Scan) -> set[ArtifactId]:

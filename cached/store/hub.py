@@ -67,6 +67,7 @@ class HubView:
         self._known: dict[str, Sighting] = {}
         self._keys: dict[str, set[str]] = {}
         self._shown: dict[str, _Shown] = {}
+        self._unsynced: set[Path] = set()
 
     # --- what is known ----------------------------------------------------------------------
 
@@ -84,6 +85,7 @@ class HubView:
         parts = hub_parts(ref)
         if parts is not None and parts[0] in self._keys:
             self._update(parts[0])
+            self._settle()
 
     def forget(self, artifacts: Collection[ArtifactId]) -> None:
         """Take everything down that leads to these artifacts, durably."""
@@ -92,6 +94,7 @@ class HubView:
             self._keys[self._known.pop(key).repo].discard(key)
         for repo in sorted(set(gone.values())):
             self._update(repo)
+        self._settle()
 
     def _wanted(self, repo: str) -> _Shown:
         """The newest resolution has the last word on what a commit or a branch is."""
@@ -137,37 +140,47 @@ class HubView:
         new, target = self._at.new_snapshot(repo, commit), self._at.snapshot(repo, commit)
         self._shelf.link_all(links, new, target)
         # Or a power cut could bring back a snapshot of the same name that was removed earlier.
-        self._fs.sync_dir(snapshots)
-        self._fs.sync_dir(self._at.hub)
+        self._unsynced.update((snapshots, self._at.hub))
 
     def _remove(self, repo: str, commit: str) -> None:
         remove_tree(self._fs, self._at.snapshot(repo, commit))
-        # Synced, for what came back after a power cut could show what was damaged since.
-        if self._fs.is_dir(self._at.snapshots(repo)):
-            self._fs.sync_dir(self._at.snapshots(repo))
+        # Or what came back after a power cut could show what was damaged since.
+        self._unsynced.add(self._at.snapshots(repo))
 
     def _write_ref(self, repo: str, name: str, commit: str) -> None:
         scratch, path = self._at.hub_scratch(repo), self._at.hub_refs(repo) / name
         self._fs.make_dir(path.parent)
+        self._prune(path)
         self._fs.write_file(scratch, commit.encode(), FILE_MODE)  # no newline: it is read as it is
-        self._fs.sync_file(scratch)
         self._fs.rename(scratch, path)
 
     def _remove_ref(self, repo: str, name: str) -> None:
-        path, top = self._at.hub_refs(repo) / name, self._at.hub_refs(repo)
-        self._fs.unlink(path, missing_ok=True)
-        while path != top:
-            path = path.parent
-            self._remove_empty(path)
+        self._fs.unlink(self._at.hub_refs(repo) / name, missing_ok=True)
+        self._prune(self._at.hub_refs(repo))
 
     def _tidy(self, repo: str) -> None:
         """What shows nothing any more has no folder, unless somebody else put something there."""
+        self._prune(self._at.hub_refs(repo))
         for directory in (self._at.snapshots(repo), self._at.hub_folder(repo)):
+            self._remove_empty(directory)
+
+    def _prune(self, directory: Path) -> None:
+        """Remove directories in which there is no file."""
+        if self._fs.is_dir(directory):
+            for name in self._fs.list_dir(directory):
+                self._prune(directory / name)
             self._remove_empty(directory)
 
     def _remove_empty(self, directory: Path) -> None:
         if self._fs.is_dir(directory) and not self._fs.list_dir(directory):
             self._fs.rmdir(directory)
+
+    def _settle(self) -> None:
+        """Make durable which snapshots there are. Together, for the first one may do it for all."""
+        for directory in sorted(self._unsynced):
+            if self._fs.is_dir(directory):
+                self._fs.sync_dir(directory)
+        self._unsynced.clear()
 
     # --- a start ----------------------------------------------------------------------------
 
@@ -187,64 +200,62 @@ class HubView:
             if repo is None or not self._fs.is_dir(self._at.hub / name):
                 strangers.append(self._at.hub / name)
             else:
-                strangers += self._look(repo, files)
+                folder = self._at.hub / name
+                strangers += [folder / path for path in self._look(repo, folder, files)]
         for repo in sorted({*self._keys, *self._shown}):
             self._update(repo)
+        self._settle()
         return strangers
 
-    def _look(self, repo: str, files: Callable[[ArtifactId], Mapping[str, int]]) -> Iterator[Path]:
-        """See what stands in a repository's folder. Yields what is not ours."""
+    def _look(
+        self, repo: str, folder: Path, files: Callable[[ArtifactId], Mapping[str, int]]
+    ) -> Iterator[str]:
+        """See what stands in a repository's folder. Yields what is not ours, relative to it."""
         have, want = _Shown({}, {}), self._wanted(repo)
         self._shown[repo] = have
-        folder, snapshots, refs = self._at.hub_folder(repo), self._at.snapshots(repo), self._at.hub_refs(repo)
-        for name in self._fs.list_dir(folder):
-            if name == HUB_SCRATCH:
-                self._fs.unlink(folder / name)
-            elif folder / name not in (snapshots, refs) or not self._fs.is_dir(folder / name):
-                yield folder / name
-        theirs: set[str] = set()
-        if self._fs.is_dir(snapshots):
-            for path in self._look_at_snapshots(snapshots, have, want, files):
-                theirs.add(path.name)
-                yield path
-        if self._fs.is_dir(refs):
-            yield from self._look_at_refs(refs, have, want, theirs)
-
-    def _look_at_snapshots(
-        self, top: Path, have: _Shown, want: _Shown, files: Callable[[ArtifactId], Mapping[str, int]]
-    ) -> Iterator[Path]:
-        for name in self._fs.list_dir(top):
+        standing = self._fs.files_under(folder)
+        if standing.pop(HUB_SCRATCH, None) is not None:
+            self._fs.unlink(folder / HUB_SCRATCH)
+        snapshots, refs, strangers = _sorted_out(standing)
+        yield from strangers
+        # An empty directory has no files to be seen by, and huggingface_hub would take it for a snapshot.
+        names = self._fs.list_dir(folder / "snapshots") if self._fs.is_dir(folder / "snapshots") else ()
+        for name in names:
+            found, artifact = snapshots.get(name, {}), want.snapshots.get(name, WRONG)
             if name.startswith(NEW_TREE):
-                remove_tree(self._fs, top / name)
-            elif not is_commit(name) or not self._fs.is_dir(top / name):
-                yield top / name
-            else:
-                found, artifact = self._fs.files_under(top / name), want.snapshots.get(name, WRONG)
-                if artifact == WRONG and -1 in found.values():
-                    yield top / name  # what huggingface_hub downloads are symbolic links, and ours never are
-                else:
-                    right = artifact != WRONG and found == files(artifact)
-                    have.snapshots[name] = artifact if right else WRONG
-
-    def _look_at_refs(self, top: Path, have: _Shown, want: _Shown, theirs: Collection[str]) -> Iterator[Path]:
-        for name in list(self._files(top, "")):
-            size_bytes = self._fs.size_bytes(top / name)
-            small = size_bytes is not None and size_bytes <= COMMIT_CHARS
-            commit = self._fs.read_file(top / name).decode("ascii", "replace") if small else ""
+                remove_tree(self._fs, folder / "snapshots" / name)
+            elif artifact != WRONG:
+                have.snapshots[name] = artifact if found == files(artifact) else WRONG
+            elif is_commit(name) and -1 not in found.values():
+                have.snapshots[name] = WRONG
+            else:  # what huggingface_hub downloads are symbolic links, and ours never are
+                yield f"snapshots/{name}"
+        theirs = set(names) - have.snapshots.keys()
+        for name, size_bytes in refs.items():
+            small = 0 <= size_bytes <= COMMIT_CHARS
+            commit = self._fs.read_file(folder / "refs" / name).decode("ascii", "replace") if small else ""
             in_the_way = name in want.refs or _clashes(name, want.refs)
-            if (not small or commit in theirs) and not in_the_way:
-                yield top / name
-            else:
+            if in_the_way or (small and commit not in theirs):
                 have.refs[name] = commit
-
-    def _files(self, directory: Path, prefix: str) -> Iterator[str]:
-        """Names below, relative; directories that a crash left without any are removed."""
-        for name in self._fs.list_dir(directory):
-            if self._fs.is_dir(directory / name):
-                yield from self._files(directory / name, f"{prefix}{name}/")
             else:
-                yield prefix + name
-        self._remove_empty(directory)
+                yield f"refs/{name}"
+
+
+def _sorted_out(found: Mapping[str, int]) -> tuple[dict[str, dict[str, int]], dict[str, int], list[str]]:
+    """The files of each snapshot, the refs, and what is neither, of what stands in a repository's folder."""
+    snapshots: dict[str, dict[str, int]] = {}
+    refs: dict[str, int] = {}
+    strangers: list[str] = []
+    for path, size_bytes in found.items():
+        top, _, rest = path.partition("/")
+        name, _, file = rest.partition("/")
+        if top == "snapshots" and file:
+            snapshots.setdefault(name, {})[file] = size_bytes
+        elif top == "refs" and rest:
+            refs[rest] = size_bytes
+        elif not (top == "snapshots" and rest):
+            strangers.append(path)
+    return snapshots, refs, strangers
 
 
 def _clashes(name: str, refs: Iterable[str]) -> bool:
