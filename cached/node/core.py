@@ -121,6 +121,7 @@ class Core:
     def fail(self, error: BaseException | None) -> None:
         if not self.failed.done():
             self.failed.set_exception(error or RuntimeError("unknown"))
+            self.failed.exception()  # marked as seen: at a start nobody waits for it yet
 
     async def stop(self) -> None:
         """Cancel everything that runs and wait for it."""

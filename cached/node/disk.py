@@ -1,6 +1,7 @@
 """The store, from the event loop: one thread of its own, so that calls wait in line and never the loop.
 
-Owns that thread. Knows nothing of what the calls do.
+Owns that thread, and tells of a disk that cannot be trusted any more, whoever asked. Knows nothing of what
+the calls do.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from cached.durable import FsyncFailed
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -17,7 +20,9 @@ T = TypeVar("T")
 class Disk:
     """Runs the store's calls one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, lost: Callable[[FsyncFailed], None]) -> None:
+        """``lost`` hears of a failed fsync before the caller does."""
+        self._lost = lost
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
 
     async def call(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -28,8 +33,16 @@ class Disk:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             await asyncio.wait([future])
-            future.exception()
+            self._check(future)
             raise
+        except FsyncFailed:
+            self._check(future)
+            raise
+
+    def _check(self, future: asyncio.Future[T]) -> None:
+        error = None if future.cancelled() else future.exception()
+        if isinstance(error, FsyncFailed):
+            self._lost(error)
 
     def close(self) -> None:
         """Wait for what is in line, and end."""

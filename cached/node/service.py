@@ -77,7 +77,7 @@ class Node:
         self._store = store
         self._pool = pool
         self._metrics = metrics
-        self._disk = Disk()
+        self._disk = Disk(lambda error: self._core.fail(error))
         self._effects = Effects(store, self._disk, pool, metrics)
         self._core = Core(State(settings.transfer.workers), self._effects.start)
         self._effects.core = self._core
