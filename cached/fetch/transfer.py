@@ -42,6 +42,7 @@ from cached.model import (
     ErrorKind,
     Manifest,
     ManifestFile,
+    Problem,
     Tensor,
     artifact_id,
     permanent,
@@ -351,7 +352,8 @@ class Transfer:
             partial.record(f"done {blob.sha256}")
             partial.seal()
         except (CachedError, FsyncFailed) as error:
-            if isinstance(error, FsyncFailed) or error.problem.kind is ErrorKind.DATA_LOSS:
+            # Nobody may resume what is wrong, or cannot be read back.
+            if isinstance(error, FsyncFailed) or _is_bad(error.problem):
                 discard(self._ingest_dir, index)
             raise
         with self._changed:
@@ -454,6 +456,10 @@ def _check_size(path: str, size_bytes: int, blob: Blob) -> None:
             f"has {blob.size_bytes}",
             "the origin's SHA256SUMS is wrong: write it anew",
         )
+
+
+def _is_bad(problem: Problem) -> bool:
+    return problem.kind is ErrorKind.DATA_LOSS or problem.reason == "STORE_IO"
 
 
 def _does_not_keep(part: Part, chunk: int) -> CachedError:
