@@ -31,7 +31,7 @@ DIRECT_BYTES = 4096
 """What writes past the page cache are aligned to: the largest block that disks commonly have."""
 OPEN_TRIES = 3
 """A partial blob can lose its name between open and flock; more often than this it is no accident."""
-RETRY_DISK_FULL_S = 30.0
+RETRY_DISK_FULL_S = 5.0
 RETRY_BUSY_S = 2.0
 
 
