@@ -19,14 +19,16 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cached import CachedError
 from cached.client.rpc import connect, resolve_address
 from cached.v1 import model_cache_pb2 as pb
+from cached.v1 import operator_pb2 as op
 from cached.v1.model_cache_pb2_grpc import ModelCacheStub
+from cached.v1.operator_pb2_grpc import OperatorStub
 
 BIN = Path(sys.executable).parent
 WAIT_S = 30.0
@@ -112,15 +114,21 @@ class NodeKit:
 
     # --- the daemon -------------------------------------------------------------------------
 
-    def serve(self, *arguments: str, with_preloader: bool = True, wait: bool = True) -> None:
-        """Start ``cached serve`` and wait until it is ready."""
+    def serve(
+        self,
+        *arguments: str,
+        with_preloader: bool = True,
+        wait: bool = True,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start ``cached serve`` (with ``env`` in the place of ours) and wait until it is ready."""
         command = [str(BIN / "cached"), "serve", "--data-dir", str(self.data_dir)]
         command += ["--run-dir", str(self.run_dir), "--http", f"127.0.0.1:{self.http_port}", *arguments]
         if with_preloader:
             command.append("--with-preloader")
         log = (self.root / "daemon.log").open("ab")
-        env = {**os.environ, "CACHED_CONFIG": str(self._calm())}
-        self.daemon = subprocess.Popen(command, env=env, stderr=log, stdout=log, stdin=subprocess.DEVNULL)
+        calm = {**(os.environ if env is None else env), "CACHED_CONFIG": str(self._calm())}
+        self.daemon = subprocess.Popen(command, stderr=log, stdout=log, stdin=subprocess.DEVNULL, env=calm)
         log.close()
         if wait:
             eventually(self.is_ready)
@@ -231,6 +239,29 @@ class NodeKit:
 
     def env(self) -> dict[str, str]:
         return {**os.environ, "CACHED_RUN_DIR": str(self.run_dir), "NO_COLOR": "1", "COLUMNS": "100"}
+
+    def prefetch(self, ref: str, timeout_s: float = WAIT_S) -> CachedError | None:
+        """Fetch and wait, at less cost than a command: what refused it, None if it came."""
+        return self._operate(
+            lambda stub: list(stub.Prefetch(op.PrefetchRequest(ref=ref, wait=True), timeout=timeout_s))
+        )
+
+    def pin(self, ref: str) -> CachedError | None:
+        """Without waiting for it."""
+        return self._operate(
+            lambda stub: list(stub.Pin(op.PinRequest(ref=ref, device="disk"), timeout=WAIT_S))
+        )
+
+    def unpin(self, ref: str) -> CachedError | None:
+        return self._operate(lambda stub: stub.Unpin(op.UnpinRequest(ref=ref), timeout=WAIT_S))
+
+    def _operate(self, work: Callable[[OperatorStub], object]) -> CachedError | None:
+        try:
+            with connect(resolve_address(self.run_dir, operator=True)) as channel:
+                work(OperatorStub(channel))
+        except CachedError as error:
+            return error
+        return None
 
     def model(self, ref: str) -> pb.Model:
         """The ref as operators are shown it, at less cost than a command. Raises CachedError."""

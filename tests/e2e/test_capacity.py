@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kit import BIN, NodeKit, eventually, sha256, write_model
+from kit import BIN, NodeKit, eventually, sha256, write_model, write_sums
+
+from benchmarks.origin import Origin
 
 MODEL_BYTES = 10 << 20
 
@@ -94,17 +97,9 @@ def test_a_full_file_system_is_refused_and_the_daemon_goes_on(
 ) -> None:
     """A real small file system (tmpfs, in a mount namespace of the daemon's own), filled by somebody else."""
     node = cold_node
-    node.data_dir.mkdir()
     config = tmp_path / "cached.toml"
     config.write_text('[store]\ncapacity_bytes = "1GB"\n')
-    mount = f"mount -t tmpfs -o size=28m none {node.data_dir}"
-    serve = f"{BIN}/cached serve --config {config} --data-dir {node.data_dir}/s --run-dir {node.run_dir}"
-    serve += f" --http 127.0.0.1:{node.http_port}"
-    with (tmp_path / "daemon.log").open("ab") as log:
-        node.daemon = subprocess.Popen(
-            ["unshare", "-Urm", "sh", "-c", f"{mount} && exec {serve}"], stdout=log, stderr=log
-        )
-    eventually(node.is_ready)
+    _serve_on_tmpfs(node, "28m", f"--config {config}")
     node.ctl("prefetch", refs[0], "--wait")
     node.ctl("prefetch", refs[1], "--wait")
     refused = node.ctl("prefetch", refs[2], "--wait", code=5)
@@ -116,17 +111,56 @@ def test_a_full_file_system_is_refused_and_the_daemon_goes_on(
     node.ctl("prefetch", refs[2], "--wait")
 
 
+def test_a_disk_that_somebody_fills_midway_is_told_and_the_fetch_goes_on_by_itself(
+    tmp_path: Path, cold_node: NodeKit, origin: Origin, refs: list[str]
+) -> None:
+    node, folder = cold_node, origin.root / "m"
+    for number in range(4):
+        write_model(folder / f"part{number}", 5 << 20, seed=number, sums=False)
+    sums = write_sums(folder)
+    ref = f"{origin.url}m/"
+    (tmp_path / "cached.toml").write_text("[transfer]\nconnections = 1\n")
+    _serve_on_tmpfs(node, "40m", f"--config {tmp_path}/cached.toml")
+    assert node.daemon is not None
+    outside = Path(f"/proc/{node.daemon.pid}/root{node.data_dir}")
+    origin.rate.bytes_per_s = 10e6
+    node.ctl("pin", ref)
+    eventually(lambda: origin.bytes_sent > 7 << 20)
+    _fill(outside / "hog")
+    eventually(lambda: "DISK_FULL" in node.log())
+    # A claim is no larger promise than the disk can keep.
+    refused = node.ctl("pin", refs[0], code=5)
+    assert "claims" in refused.stderr and "hint: free space" in refused.stderr
+    assert node.row(ref)["state"] != "verified" and node.is_ready()
+    (outside / "hog").unlink()
+    eventually(lambda: node.row(ref)["state"] == "verified", every_s=0.5)
+    tree = next((outside / "s" / "trees").iterdir())
+    assert {name: sha256(tree / name) for name in sums} == sums
+    assert sum(origin.sent.values()) < 30 << 20  # it went on, and did not begin anew
+
+
+def _fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+
+
+def _serve_on_tmpfs(node: NodeKit, size: str, arguments: str) -> None:
+    """On a real small file system, in a mount namespace of the daemon's own."""
+    node.data_dir.mkdir()
+    mount = f"mount -t tmpfs -o size={size} none {node.data_dir}"
+    serve = f"{BIN}/cached serve {arguments} --data-dir {node.data_dir}/s --run-dir {node.run_dir}"
+    command = f"{mount} && exec {serve} --http 127.0.0.1:{node.http_port}"
+    with (node.root / "daemon.log").open("ab") as log:
+        node.daemon = subprocess.Popen(["unshare", "-Urm", "sh", "-c", command], stdout=log, stderr=log)
+    eventually(node.is_ready)
+
+
 def test_the_default_capacity_leaves_a_fifth_of_the_file_system_free(
     cold_node: NodeKit, tmp_path: Path
 ) -> None:
     node = cold_node
-    node.data_dir.mkdir()
-    serve = f"{BIN}/cached serve --data-dir {node.data_dir}/s --run-dir {node.run_dir}"
-    mount = f"mount -t tmpfs -o size=64m none {node.data_dir}"
-    command = f"{mount} && exec {serve} --http 127.0.0.1:{node.http_port}"
-    with (tmp_path / "daemon.log").open("ab") as log:
-        node.daemon = subprocess.Popen(["unshare", "-Urm", "sh", "-c", command], stdout=log, stderr=log)
-    eventually(node.is_ready)
+    _serve_on_tmpfs(node, "64m", "")
     time.sleep(1.2)  # the figures are set once a second
     capacity = node.metrics()['cached_device_capacity_bytes{device="disk"}']
     assert 0.7 * (64 << 20) <= capacity <= 0.8 * (64 << 20)

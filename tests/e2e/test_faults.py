@@ -26,9 +26,6 @@ from kit import BIN, NodeKit, check_data_dir, eventually
 from wildkit import Asked, Odd, Talk, Wild
 
 from cached import CachedError
-from cached.client.rpc import connect, resolve_address
-from cached.v1 import operator_pb2 as op
-from cached.v1.operator_pb2_grpc import OperatorStub
 from tests.hubkit import Hub
 
 MIB = 1 << 20
@@ -107,19 +104,10 @@ class Faults:
 
     # --- asking -----------------------------------------------------------------------------
 
-    def ask(self, ref: str) -> CachedError | None:
-        """Prefetch and wait: what refused it, None if it came."""
-        try:
-            with connect(resolve_address(self.node.run_dir, operator=True)) as channel:
-                list(OperatorStub(channel).Prefetch(op.PrefetchRequest(ref=ref, wait=True), timeout=WAIT_S))
-        except CachedError as error:
-            return error
-        return None
-
     def check(self, *cases: Case) -> None:
         """All of them, some at once; then the node must be well."""
         with ThreadPoolExecutor(AT_ONCE) as executor:
-            answers = list(executor.map(lambda case: self.ask(case.ref), cases))
+            answers = list(executor.map(lambda case: self.node.prefetch(case.ref, WAIT_S), cases))
         wrong = [
             words for case, answer in zip(cases, answers, strict=True) for words in _differs(case, answer)
         ]
@@ -128,7 +116,7 @@ class Faults:
 
     def comes(self, ref: str, files: dict[str, bytes]) -> None:
         """It is fetched, and every file is as it should be."""
-        assert (refused := self.ask(ref)) is None, refused
+        assert (refused := self.node.prefetch(ref, WAIT_S)) is None, refused
         path = Path(self.node.model(ref).path)
         assert {name: (path / name).read_bytes() for name in files} == files
 
