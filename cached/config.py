@@ -32,11 +32,27 @@ _Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_BYTES)]
 _Rate = Annotated[int, msgspec.Meta(ge=64 * 1024, le=MAX_BYTES)]
 
 
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=10 * 365 * 86400)]
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
 @dataclass(frozen=True, slots=True)
 class StoreSettings:
-    """``capacity_bytes``: the most that blobs may take; None leaves it to the file system's size."""
+    """How much of the disk is used, and for how long what is not needed stays.
+
+    ``capacity_bytes``: the most that models may take (None: no bound of their own). Whatever it says, and
+    whoever fills the file system, ``keep_free`` of it (a share) and ``keep_free_bytes`` stay free. Above
+    ``high_watermark`` (a share of what may be taken) unclaimed models leave until ``low_watermark``. Contents
+    in quarantine and the leftovers of transfers that nobody wants are removed after their ``_keep_s``.
+    """
 
     capacity_bytes: _Size | None = None
+    keep_free: Annotated[float, msgspec.Meta(ge=0, le=0.95)] = 0.2
+    keep_free_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_BYTES)] = 0
+    high_watermark: _Share = 0.95
+    low_watermark: _Share = 0.85
+    quarantine_keep_s: _Seconds = 7 * 86400.0
+    leftovers_keep_s: _Seconds = 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +200,17 @@ def _load_file(path: Path) -> Settings:
     for key, directory in (("data_dir", settings.data_dir), ("run_dir", settings.run_dir)):
         if not directory.startswith("/"):
             raise _bad(path, f"{key}: {directory!r} is not absolute", "write the whole path, from /")
+    _check_store(path, settings.store)
     _check_sources(path, settings.source)
     return settings
+
+
+def _check_store(path: Path, store: StoreSettings) -> None:
+    if store.low_watermark >= store.high_watermark:
+        what = (
+            f"store.low_watermark: {store.low_watermark} is not below high_watermark, {store.high_watermark}"
+        )
+        raise _bad(path, what, "set both; what leaves at the high one makes room down to the low one")
 
 
 _LETTERS = re.compile(r"[a-z][a-z0-9+.-]*://")

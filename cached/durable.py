@@ -91,6 +91,9 @@ class Fs(Protocol):
     def files_under(self, path: Path) -> dict[str, int]:
         """Relative path to size in bytes of everything below that is no directory; -1 for odd things."""
 
+    def allocated_bytes(self, path: Path) -> int:
+        """What the regular files below a directory take on disk; what vanishes meanwhile takes nothing."""
+
     def size_bytes(self, path: Path) -> int | None:
         """None unless a regular file is there."""
 
@@ -325,6 +328,10 @@ class RealFs:
             _collect(str(path), "", found)
         return found
 
+    def allocated_bytes(self, path: Path) -> int:
+        with _world(path):
+            return _allocated_bytes(str(path))
+
     def size_bytes(self, path: Path) -> int | None:
         found = _lstat(path)
         return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
@@ -362,6 +369,19 @@ def _collect(directory: str, prefix: str, found: dict[str, int]) -> None:
                 found[prefix + entry.name] = entry.stat(follow_symlinks=False).st_size
             else:
                 found[prefix + entry.name] = -1
+
+
+def _allocated_bytes(directory: str) -> int:
+    found_bytes = 0
+    # Workers write here meanwhile: a name may be gone by the time it is looked at.
+    with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                if entry.is_dir(follow_symlinks=False):
+                    found_bytes += _allocated_bytes(entry.path)
+                elif entry.is_file(follow_symlinks=False):
+                    found_bytes += entry.stat(follow_symlinks=False).st_blocks * 512
+    return found_bytes
 
 
 @contextlib.contextmanager

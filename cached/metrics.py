@@ -58,6 +58,7 @@ class Metrics:
         self._background_share.set(1.0)
         self._evictions = self._counter("cached_evictions", "Artifacts removed from disk to make room")
         self._evicted_bytes = self._counter("cached_evicted_bytes", "Bytes freed on disk by evictions")
+        self._quarantine = self._gauge("cached_quarantine_bytes", "Bytes of corrupt contents that are kept")
         self._quarantines = self._counter("cached_quarantines", "Blobs set aside because they were corrupt")
         for outcome in OUTCOMES:
             self._transfers.labels(outcome)
@@ -68,6 +69,9 @@ class Metrics:
             "cached_device_capacity_bytes", "The most that can stand there", "device"
         )
         self._artifacts = self._gauge("cached_device_artifacts", "Artifacts that stand", "device")
+        self._file_system = self._gauge("cached_file_system_bytes", "Size of the store's file system")
+        self._free = self._gauge("cached_file_system_free_bytes", "Bytes free on the store's file system")
+        self._over = self._gauge("cached_disk_over_capacity_bytes", "Bytes above the disk's capacity")
         self._connected = self._gauge("cached_standby_connected", "1 while its standby answers", "device")
         self._loads = self._counter("cached_loads", "Ended loads into a device", "device", "outcome")
 
@@ -143,6 +147,18 @@ class Metrics:
         self._used.labels(device).set(used_bytes)
         self._capacity.labels(device).set(capacity_bytes)
         self._artifacts.labels(device).set(artifacts)
+
+    def set_file_system(self, total_bytes: int, free_bytes: int) -> None:
+        """The file system that the store is on, whoever fills it."""
+        self._file_system.set(total_bytes)
+        self._free.set(free_bytes)
+
+    def set_quarantine(self, size_bytes: int) -> None:
+        self._quarantine.set(size_bytes)
+
+    def set_over_capacity(self, size_bytes: int) -> None:
+        """By how much the store has more than it may have now, all of it claimed or about to leave."""
+        self._over.set(size_bytes)
 
     def set_standby(self, device: str, connected: bool) -> None:
         """A standby that is gone holds nothing we know of: its figures go, only the 0 stays."""

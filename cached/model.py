@@ -227,7 +227,8 @@ class Artifact:
 class Note:
     """A resolution that led to a proven artifact: lets a warm acquire do without its origin.
 
-    ``commit`` is the revision's; older records do without.
+    ``commit`` is the revision's, ``rate_bytes_per_s`` what its fetch took from the origin (0 where nobody
+    measured); older records do without.
     """
 
     ref: Ref
@@ -236,10 +237,30 @@ class Note:
     attested: bool
     resolved_at: float
     commit: str = ""
+    rate_bytes_per_s: float = 0.0
 
 
-def note_of(revision: Revision, artifact: ArtifactId, resolved_at: float) -> Note:
-    return Note(revision.ref, revision.key, artifact, revision.attested, resolved_at, revision.commit)
+def note_of(
+    revision: Revision, artifact: ArtifactId, resolved_at: float, rate_bytes_per_s: float = 0.0
+) -> Note:
+    return Note(
+        revision.ref,
+        revision.key,
+        artifact,
+        revision.attested,
+        resolved_at,
+        revision.commit,
+        rate_bytes_per_s,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """A content in quarantine: its record's name there, its bytes, and since when (Unix s)."""
+
+    name: str
+    size_bytes: int
+    at: float
 
 
 def artifact_id(files: Iterable[tuple[str, int, str]]) -> ArtifactId:

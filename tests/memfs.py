@@ -302,6 +302,9 @@ class MemFs:
     def files_under(self, path: Path) -> dict[str, int]:
         return dict(_files(self._dir(path), ""))
 
+    def allocated_bytes(self, path: Path) -> int:
+        return sum(self.files_under(path).values())
+
     def size_bytes(self, path: Path) -> int | None:
         node = self._find(path)
         return len(node.content) if isinstance(node, File) else None

@@ -18,6 +18,7 @@ from cached.model import (
     ORIGIN_CHANGED,
     Artifact,
     ArtifactId,
+    Aside,
     Claim,
     ClaimId,
     ClaimKind,
@@ -38,10 +39,14 @@ from cached.model import (
 from cached.plan import State, apply, evict_problem, plan
 from cached.plan import types as t
 from cached.plan.decide import STANDBY_WAIT_S
+from cached.plan.order import worth
 from cached.plan.state import Queue
 
 DISK_BYTES = 100
 HOST_BYTES = 60
+RULES = t.Rules(high_watermark=0.9, low_watermark=0.6, quarantine_keep_s=2000.0, leftovers_keep_s=1000.0)
+ONLY_FULL = replace(RULES, high_watermark=1.0, low_watermark=1.0)
+"""Nothing leaves before the disk is full."""
 START = 1_000_000.0
 
 TEMPORARY = Problem(ErrorKind.UNAVAILABLE, "ORIGIN_AWAY", "the origin is away", "wait", 1.0)
@@ -92,15 +97,17 @@ ORIGIN = {
 REFS = tuple(ORIGIN)
 REVISIONS = {revision.key: revision for versions in ORIGIN.values() for revision in versions}
 
-StoreWork = t.Evict | t.Discard | t.Quarantine
+StoreWork = t.Evict | t.Discard | t.Quarantine | t.Purge
 Work = t.Resolve | t.Fetch | t.Load | t.Release | StoreWork
 
 
 class World:
     """The node. Methods are what can happen; ``tick`` plans, checks each action, and starts it."""
 
-    def __init__(self, keep_leftovers: bool = True) -> None:
+    def __init__(self, keep_leftovers: bool = True, rules: t.Rules = RULES) -> None:
         self.keep_leftovers = keep_leftovers
+        self.rules = rules
+        self.capacity_bytes = DISK_BYTES
         self.now = START
         self.made = 0
         self.version: Counter[Ref] = Counter()
@@ -111,8 +118,10 @@ class World:
         self.manifests: dict[ArtifactId, Artifact] = {}
         self.notes: dict[Ref, Note] = {}
         self.ingests: dict[RevisionKey, Revision] = {}
+        self.ran_at: dict[RevisionKey, float] = {}
+        self.asides: dict[str, Aside] = {}
         self.pending: list[StoreWork] = []
-        self.kept: list[tuple[tuple[ArtifactId, ...], tuple[Revision, ...]]] = []
+        self.kept: list[tuple[tuple[ArtifactId, ...], tuple[Revision, ...], Aside | None]] = []
         # Memory, and whether the daemon hears its standby.
         self.memory: set[ArtifactId] = set()
         self.sizes: dict[ArtifactId, Artifact] = {}
@@ -123,10 +132,10 @@ class World:
     # --- the shell --------------------------------------------------------------------------
 
     def boot(self) -> None:
-        self.state = State(fetch_slots=2, resolve_slots=2, load_slots=1)
+        self.state = State(fetch_slots=2, resolve_slots=2, load_slots=1, rules=self.rules)
         self.works: list[Work] = []
         self.corrupt: set[Digest] = set()
-        self.happen(t.CapacitySet(DISK, DISK_BYTES))
+        self.happen(t.CapacitySet(DISK, self.capacity_bytes))
         self.happen(t.CapacitySet(HOST, HOST_BYTES))
 
     def happen(self, event: t.Event) -> None:
@@ -141,6 +150,7 @@ class World:
             again = plan(self.state, self.now)
             assert again == [], f"planned {actions}, and once that was started {again}"
             self.check()
+            self.check_level()
             refs = [ref for ref in refreshed if ref is not None]
             if not refs:
                 return
@@ -153,7 +163,7 @@ class World:
         self.check_action(action)
         self.happen(t.Started(action))
         match action:
-            case t.Evict() | t.Discard() | t.Quarantine():
+            case t.Evict() | t.Discard() | t.Quarantine() | t.Purge():
                 self.pending.append(action)
                 self.works.append(action)
             case t.Fetch(revision):
@@ -193,6 +203,11 @@ class World:
         if evict_problem(self.state, artifact) is None:
             self.happen(t.EvictAsked(artifact))
 
+    def resize(self, capacity_bytes: int) -> None:
+        """Somebody else fills the file system, or makes room on it."""
+        self.capacity_bytes = capacity_bytes
+        self.happen(t.CapacitySet(DISK, capacity_bytes))
+
     def furnish(self, refs: Iterable[Ref]) -> None:
         """Begin with as many of these as fit on disk, the first one the coldest."""
         for at, ref in enumerate(refs):
@@ -219,7 +234,12 @@ class World:
         self.boot()
         leftovers = tuple(self.ingests.values())
         found = t.Recovered(
-            tuple(self.manifests.values()), tuple(self.notes.values()), tuple(claims), leftovers
+            tuple(self.manifests.values()),
+            tuple(self.notes.values()),
+            tuple(claims),
+            leftovers,
+            tuple(self.asides.values()),
+            self.ran_at,
         )
         self.happen(found)
 
@@ -238,6 +258,8 @@ class World:
                     self.sweep()  # the planner does not know the digests of unattested contents
                 case t.Quarantine(artifacts, bad):
                     self.quarantine(artifacts, bad)
+                case t.Purge(aside):
+                    del self.asides[aside]
         self.pending.clear()
 
     def tell_store_works(self) -> None:
@@ -264,12 +286,16 @@ class World:
         having = {a.id for a in self.manifests.values() if any(d == bad for d, _ in a.blobs)}
         down = tuple(sorted(having | set(artifacts)))
         notes = [note for artifact in down for note in self.take_down(artifact)]
+        aside = None
+        if bad in self.blobs:
+            aside = Aside(f"{bad}.{len(self.asides)}-{self.now}", BYTES_OF[bad], self.now)
+            self.asides[aside.name] = aside
         self.blobs.discard(bad)
         self.corrupt.discard(bad)
         kept = tuple(attest(REVISIONS[note.revision]) for note in notes) if self.keep_leftovers else ()
         for revision in kept:
             self.ingests.setdefault(revision.key, revision)
-        self.kept.append((down, kept))
+        self.kept.append((down, kept, aside))
         self.sweep()
 
     def sweep(self) -> None:
@@ -284,7 +310,7 @@ class World:
         contents: dict[str, int] = {d: BYTES_OF[d] for d in self.blobs}
         for revision in self.ingests.values():
             contents |= {revision.content_key(i): f.size_bytes for i, f in enumerate(revision.files)}
-        return sum(contents.values())
+        return sum(contents.values()) + sum(aside.size_bytes for aside in self.asides.values())
 
     # --- outcomes ---------------------------------------------------------------------------
 
@@ -306,7 +332,7 @@ class World:
             case t.Release(device, artifact):
                 self.memory.discard(artifact)
                 self.happen(t.Released(device, artifact))
-            case t.Evict() | t.Discard() | t.Quarantine():
+            case t.Evict() | t.Discard() | t.Quarantine() | t.Purge():
                 self.run_store()
                 self.finish_store(work)
 
@@ -326,6 +352,7 @@ class World:
             self.manifests[artifact.id], self.notes[revision.ref] = artifact, note
             self.happen(t.Fetched(key, artifact, note))
             return
+        self.ran_at[key] = self.now
         first = revision.files[0].sha256
         if first is not None:
             self.blobs.add(first)
@@ -350,6 +377,8 @@ class World:
                 self.happen(t.Discarded(key))
             case t.Quarantine():
                 self.happen(t.Quarantined(*self.kept.pop(0)))
+            case t.Purge(aside):
+                self.happen(t.Purged(aside))
 
     def rot(self, bad: Digest) -> None:
         self.corrupt.add(bad)
@@ -394,7 +423,8 @@ class World:
     def check_action(self, action: t.Action) -> None:
         state = self.state
         match action:
-            case t.Evict(artifact, drop):
+            case t.Evict(artifact, drop, why):
+                self.check_victim(artifact, why)
                 assert not self.claims_of(artifact), f"evicts the claimed {artifact}"
                 assert artifact not in self.memory or not self.connected, "evicts a resident"
                 assert set(drop) == self.only_of_artifact(artifact)
@@ -402,6 +432,10 @@ class World:
             case t.Discard(key, drop):
                 assert not self.wanting(key), "discards what is wanted"
                 assert set(drop) == self.only_of_transfer(key)
+                self.check_alone()
+            case t.Purge(aside):
+                oldest_at = min(other.at for other in state.asides.values())
+                assert state.asides[aside].at == oldest_at, "purges what is younger than another"
                 self.check_alone()
             case t.Release(device, artifact):
                 proven = artifact in state.artifacts and state.is_verified(artifact)
@@ -435,8 +469,69 @@ class World:
                 pass
 
     def check_alone(self) -> None:
-        works = [w for w in self.works if isinstance(w, t.Evict | t.Discard)]
+        works = [w for w in self.works if isinstance(w, t.Evict | t.Discard | t.Purge)]
         assert not works, f"{works} are still in flight"
+
+    def check_victim(self, artifact: ArtifactId, why: str) -> None:
+        """There is a reason to evict, nothing that serves nobody would do, and it is missed the least."""
+        if "operator" in why:
+            return
+        if "watermark" in why:
+            used_bytes = union_bytes(self.standing())
+            assert used_bytes > self.rules.low_watermark * self.capacity_bytes, (
+                "evicts below the low watermark"
+            )
+        assert not self.state.asides and not self.unwanted_leftovers(), "evicts before what serves nobody"
+        mine = self.score(artifact)
+        better = [other for other in self.idle_artifacts() if self.score(other) > mine]
+        assert not better, f"evicts {artifact} ({mine}) before {better}"
+
+    def score(self, artifact: ArtifactId) -> float:
+        freed_bytes = sum(BYTES_OF[d] for d in self.only_of_artifact(artifact))
+        last_used_at = self.state.artifacts[artifact].artifact.last_used_at
+        return max(0.0, self.now - last_used_at) * worth(freed_bytes, 0.0)
+
+    def idle_artifacts(self) -> list[ArtifactId]:
+        """What may be evicted."""
+        return [
+            a
+            for a in self.state.artifacts
+            if self.state.is_verified(a)
+            and not self.claims_of(a)
+            and not self.corrupt & {d for d, _ in self.blobs_of(a)}
+        ]
+
+    def unwanted_leftovers(self) -> list[RevisionKey]:
+        idle = (t.Step.IDLE, t.Step.FAILED, t.Step.REFUSED)
+        transfers = self.state.transfers.items()
+        return [k for k, x in transfers if x.reserved and x.step in idle and not self.wanting(k)]
+
+    def check_level(self) -> None:
+        """At rest: above the high watermark, whatever may leave is leaving; and old things are gone."""
+        used_bytes, rules = union_bytes(self.standing()), self.rules
+        draining = self.state.disk.draining
+        assert draining or used_bytes <= rules.high_watermark * self.capacity_bytes
+        assert not draining or used_bytes > rules.low_watermark * self.capacity_bytes
+        moving = any(isinstance(w, StoreWork | t.Release | t.Load) for w in self.works)
+        stopping = any(isinstance(w, t.Fetch) and not self.wanting(w.revision.key) for w in self.works)
+        if moving or stopping:
+            return
+        if draining:
+            held = union_bytes(self.kept_on_disk())
+            idle = [dict(self.blobs_of(a)) for a in self.idle_artifacts()]
+            assert union_bytes([*idle, *self.kept_on_disk()]) == held, "what could leave stays"
+        old = [a for a in self.state.asides.values() if a.at + rules.quarantine_keep_s <= self.now]
+        left = [self.state.transfers[k].ran_at for k in self.unwanted_leftovers()]
+        assert not old and all(at + rules.leftovers_keep_s > self.now for at in left), (
+            "it is kept for too long"
+        )
+        assert not draining or not (self.state.asides or left), "what serves nobody stays"
+
+    def kept_on_disk(self) -> list[dict[str, int]]:
+        """What claims hold of the disk."""
+        held = [dict(self.blobs_of(a)) for a in self.state.artifacts if self.claims_of(a)]
+        wanted = [x for k, x in self.state.transfers.items() if x.reserved and self.wanting(k)]
+        return held + [keys_of(x.revision) for x in wanted]
 
     def check_grant(self, claim: Claim) -> None:
         assert claim.artifact is not None and claim.kind is not ClaimKind.PIN
@@ -472,7 +567,8 @@ class World:
             dict(p.artifact.blobs) for p in self.state.artifacts.values() if p.artifact.id != but
         ]
         transfers = [x for x in self.state.transfers.values() if x.reserved and x.revision.key != but]
-        return found + [keys_of(x.revision) for x in transfers]
+        asides = {f"quarantine/{a.name}": a.size_bytes for a in self.state.asides.values()}
+        return found + [keys_of(x.revision) for x in transfers] + [{k: v} for k, v in asides.items()]
 
     def only_of_artifact(self, artifact: ArtifactId) -> set[Digest]:
         others = {key for contents in self.standing(artifact) for key in contents}
@@ -489,7 +585,7 @@ class World:
             assert claim.revision is not None
             need = keys_of(self.state.transfers[claim.revision].revision)
             held = self.claimed_on_disk(claim.revision)
-            return union_bytes([need, *held]) > DISK_BYTES
+            return union_bytes([need, *held]) > self.capacity_bytes
         assert claim.artifact is not None
         need = dict(self.blobs_of(claim.artifact))
         return union_bytes([need, *self.claimed_in_memory(claim.artifact)]) > HOST_BYTES
@@ -531,8 +627,9 @@ class World:
         counted = state.disk.ledger
         assert counted.used_bytes == union_bytes(self.standing())
         assert contents_of(counted) == Counter(key for s in self.standing() for key in s)
-        assert counted.used_bytes <= DISK_BYTES
-        assert self.disk_bytes() <= DISK_BYTES
+        if not any(isinstance(w, t.Quarantine) for w in self.works):  # it moves what is counted later
+            assert self.disk_bytes() <= counted.used_bytes
+            assert set(self.asides) == set(state.asides) - {w.aside for w in self.done(t.Purge)}
         residencies = [dict(r.items) for spot, r in state.residencies.items() if spot[0] == HOST]
         in_memory = state.places[HOST].ledger
         assert in_memory.used_bytes == union_bytes(residencies)
@@ -543,6 +640,11 @@ class World:
         loading = {w.artifact for w in self.works if isinstance(w, t.Load)}
         held = [dict(self.sizes[a].blobs) for a in self.memory]
         assert union_bytes(held + [dict(self.blobs_of(a)) for a in loading]) <= HOST_BYTES
+
+    def done(self, kind: type[t.Purge]) -> list[t.Purge]:
+        """Works that the store has done and not yet told of."""
+        told = [w for w in self.works if isinstance(w, kind)]
+        return [w for w in told if not any(w is other for other in self.pending)]
 
     def check_claims(self) -> None:
         """The indexes are what the claims and facts say."""
@@ -587,6 +689,16 @@ class World:
         for ref, resolution in state.resolutions.items():
             asked = any(c.ref == ref and c.revision is None for c in state.claims.values())
             assert resolution.step is t.Step.RUNNING or asked, "a leak"
+        assert set(state.idle) == {
+            a for a in state.artifacts if state.is_verified(a) and not self.claims_of(a)
+        }
+        held = {a for a in state.artifacts if state.is_verified(a) and self.claims_of(a)}
+        assert state.held == {a: sum(size for _, size in self.blobs_of(a)) for a in held}
+        assert state.held_bytes == sum(state.held.values())
+        assert set(state.leaving) == {a for a in state.artifacts if not state.is_verified(a)}
+        for artifact, found in state.artifacts.items():
+            assert set(found.refs) == {n.ref for n in state.notes.values() if n.artifact == artifact}
+            assert set(found.keys) == {k for k, a in state.proven.items() if a == artifact}
         for note in state.notes.values():
             assert state.is_verified(note.artifact) and state.proven[note.revision] == note.artifact
         for proven in state.proven.values():
@@ -622,6 +734,7 @@ class World:
 
     def check_met(self) -> None:
         """Every claim is met, or gone with its answer, or is a pin whose recorded problem is true."""
+        assert not self.asides and not self.unwanted_leftovers()
         for claim in self.state.claims.values():
             if claim.kind is ClaimKind.PIN:
                 self.check_pin(claim)

@@ -175,6 +175,14 @@ def test_remove_tree_takes_read_only_directories_and_nothing_at_all(place: tuple
     assert fs.list_dir(root) == []
 
 
+def test_allocated_bytes_count_what_lies_below(place: tuple[Fs, Path]) -> None:
+    fs, root = place
+    fs.make_dir(root / "d" / "deeper")
+    assert fs.allocated_bytes(root / "d") == 0
+    fs.write_file(root / "d" / "deeper" / "x", b"x" * 100_000)
+    assert 100_000 <= fs.allocated_bytes(root / "d") <= 110_000
+
+
 def test_disk_bytes_counts(place: tuple[Fs, Path]) -> None:
     fs, root = place
     total_bytes, free_bytes = fs.disk_bytes(root)

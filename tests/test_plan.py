@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -24,10 +25,14 @@ from plan_world import (
 from cached.model import (
     DISK,
     HOST,
+    Artifact,
+    ArtifactId,
+    Aside,
     Claim,
     ClaimId,
     ClaimKind,
     Device,
+    Digest,
     ErrorKind,
     Holder,
     Inventory,
@@ -36,6 +41,7 @@ from cached.model import (
     Ref,
     Resident,
     Revision,
+    RevisionKey,
 )
 from cached.plan import State, apply, evict_problem, is_read_soon, plan
 from cached.plan import types as t
@@ -53,11 +59,16 @@ G = make_revision("g", "g")  # 70 bytes: more than memory
 ID = {revision.ref: artifact_of(revision).id for revision in (A, B, C, D, E, F, G)}
 
 
+NO_WATERMARKS = t.Rules(high_watermark=1.0, low_watermark=1.0)
+
+
 class Bench:
     """A state, its clock, and short words for what happens to it."""
 
-    def __init__(self, fetch_slots: int = 2, disk_bytes: int = DISK_BYTES) -> None:
-        self.state = State(fetch_slots=fetch_slots)
+    def __init__(
+        self, fetch_slots: int = 2, disk_bytes: int = DISK_BYTES, rules: t.Rules = NO_WATERMARKS
+    ) -> None:
+        self.state = State(fetch_slots=fetch_slots, rules=rules)
         self.now = START
         self.made = 0
         self.happen(t.CapacitySet(DISK, disk_bytes))
@@ -423,6 +434,207 @@ def test_room_held_by_a_transfer_that_nobody_wants_is_waited_for_not_refused() -
     assert bench.tick() == [t.Discard(G.key, (digest("g"),))]
     bench.happen(t.Discarded(G.key))
     assert bench.tick() == [t.Fetch(D, background=False)]
+
+
+def test_the_third_of_three_waits_for_each_victim_in_turn() -> None:
+    bench = Bench()
+    bench.recover(A, B, C)  # 70 of 100 bytes
+    bench.claim(G)
+    bench.tick()
+    bench.happen(t.Resolved(G))
+    for victim in (A, B):
+        (evict,) = bench.tick()
+        assert isinstance(evict, t.Evict) and evict.artifact == ID[victim.ref]
+        bench.happen(t.Evicted(ID[victim.ref]))
+    assert bench.tick() == [t.Fetch(G, background=False)]
+
+
+# --- what leaves by itself ------------------------------------------------------------------
+
+
+def test_above_the_high_watermark_the_coldest_leave_until_the_low_one() -> None:
+    bench = Bench(rules=t.Rules(high_watermark=0.9, low_watermark=0.5))
+    bench.recover(A, B, C)
+    assert bench.tick() == [], "70 of 100 bytes are not too many"
+    bench.fetching(E, ClaimKind.PREFETCH)
+    assert bench.tick() == [], "90 are not yet"
+    bench.happen(t.CapacitySet(DISK, 99))
+    for victim in (A, B):
+        (evict,) = bench.tick()
+        assert isinstance(evict, t.Evict) and evict.artifact == ID[victim.ref] and "high" in evict.why
+        assert bench.tick() == [], "one at a time"
+        bench.happen(t.Evicted(ID[victim.ref]))
+    assert bench.state.disk.ledger.used_bytes == 30 and bench.tick() == []
+
+
+def test_what_is_given_out_at_this_moment_is_not_the_coldest() -> None:
+    bench = Bench(rules=t.Rules(high_watermark=0.9, low_watermark=0.5))
+    bench.recover(A, B)
+    bench.claim(A, ClaimKind.PREFETCH)  # it is here: granted, and over, in the plan that also makes room
+    bench.happen(t.CapacitySet(DISK, 60))
+    grant, evict = bench.tick()
+    assert isinstance(grant, t.Grant)
+    assert isinstance(evict, t.Evict) and evict.artifact == ID[B.ref]
+
+
+def test_between_the_watermarks_nothing_leaves_and_a_start_does_not_forget_it() -> None:
+    bench = Bench(rules=t.Rules(high_watermark=0.9, low_watermark=0.5))
+    bench.recover(A, B, E)
+    assert bench.state.disk.ledger.used_bytes == 80 and bench.tick() == []
+
+
+def test_claims_that_are_more_than_the_disk_may_hold_stay_and_cause_nothing() -> None:
+    bench = Bench()
+    bench.recover(A, B, claims=(held_claim("lease", A), make_claim("pin", B, ClaimKind.PIN)))
+    bench.happen(t.CapacitySet(DISK, 40))
+    assert bench.tick() == [] and bench.state.disk.draining
+    lease = bench.claim(A)
+    assert bench.tick() == [t.Grant(lease)], "what is there is still given"
+    bench.happen(t.ClaimEnded(ClaimId("pin")))
+    (evict,) = bench.tick()
+    assert isinstance(evict, t.Evict) and evict.artifact == ID[B.ref]
+
+
+def test_a_pin_that_was_too_large_is_fetched_once_the_disk_has_grown() -> None:
+    bench = Bench(disk_bytes=60)
+    bench.claim(G, ClaimKind.PIN)
+    bench.tick()
+    bench.happen(t.Resolved(G))
+    assert isinstance(bench.tick()[0], t.CannotFetch) and bench.tick() == []
+    bench.happen(t.CapacitySet(DISK, 100))
+    assert bench.tick() == [t.Fetch(G, background=True)]
+
+
+def test_quarantined_content_counts_and_leaves_by_age() -> None:
+    bench = Bench()
+    bench.recover(A)
+    bench.happen(t.Corrupt(digest("a"), "bad"))
+    bench.tick()
+    bench.happen(t.Quarantined((ID[A.ref],), (), Aside("a.1", 30, bench.now)))
+    assert bench.state.disk.ledger.used_bytes == 30
+    bench.now += bench.state.rules.quarantine_keep_s - 1
+    assert bench.tick() == []
+    bench.now += 1
+    (purge,) = bench.tick()
+    assert isinstance(purge, t.Purge) and purge.aside == "a.1"
+    bench.happen(t.Purged("a.1"))
+    assert bench.state.disk.ledger.used_bytes == 0 and bench.tick() == []
+
+
+def test_quarantined_content_makes_room_before_anything_else_the_oldest_first() -> None:
+    bench = Bench()
+    asides = (Aside("new.2", 20, START), Aside("old.1", 10, START - 50))
+    bench.happen(t.Recovered((artifact_of(A),), (note_of(A),), (), (B,), asides))
+    bench.claim(G)
+    bench.tick()
+    bench.happen(t.Resolved(G))
+    for name in ("old.1", "new.2"):
+        (purge,) = bench.tick()
+        assert isinstance(purge, t.Purge) and purge.aside == name
+        bench.happen(t.Purged(name))
+    assert bench.tick() == [t.Discard(B.key, (digest("b"),))]
+    bench.happen(t.Discarded(B.key))
+    assert bench.tick() == [t.Fetch(G, background=False)]
+
+
+def test_leftovers_leave_by_age_counted_from_when_they_last_grew() -> None:
+    bench = Bench()
+    keep_s = bench.state.rules.leftovers_keep_s
+    bench.happen(t.Recovered((), (), (), (A, B), ran_at={A.key: START - keep_s + 10}))
+    assert bench.tick() == []
+    bench.now += 10
+    assert bench.tick() == [t.Discard(A.key, (digest("a"),))]
+    bench.happen(t.Discarded(A.key))
+    lease = bench.fetching(B)
+    bench.now += 2 * keep_s
+    bench.happen(t.ClaimEnded(lease))
+    assert bench.tick() == [t.StopFetch(B.key)]
+    bench.happen(t.FetchStopped(B.key))
+    assert bench.tick() == [], "it ran a moment ago"
+    bench.now += keep_s
+    assert bench.tick() == [t.Discard(B.key, (digest("b"),))]
+
+
+# --- which one leaves -----------------------------------------------------------------------
+
+GB = 10**9
+MODELS = {name: f"{number:064x}" for number, name in enumerate("abcdefghij")}
+
+
+def idle_model(name: str, size_bytes: int, idle_s: float, shared: str = "") -> Artifact:
+    blobs = [(Digest(MODELS[name]), size_bytes)] + ([(Digest(MODELS[shared]), 9 * GB)] if shared else [])
+    return Artifact(ArtifactId(f"sha256:{MODELS[name]}"), tuple(blobs), START - idle_s)
+
+
+def leaves_first(*models: Artifact, rates: Mapping[str, float] | None = None) -> str:
+    """The name of the one that makes room first."""
+    bench = Bench(disk_bytes=sum(m.size_bytes for m in models))
+    keys = {m.id: RevisionKey(m.id.removeprefix("sha256:")) for m in models}
+    known = {ArtifactId(f"sha256:{MODELS[name]}"): rate for name, rate in (rates or {}).items()}
+    notes = [
+        Note(Ref(m.id), keys[m.id], m.id, True, START, rate_bytes_per_s=known.get(m.id, 0.0)) for m in models
+    ]
+    bench.happen(t.Recovered(models, tuple(notes), (), ()))
+    bench.happen(t.CapacitySet(DISK, bench.state.disk.ledger.used_bytes - 1))
+    (evict,) = bench.tick()
+    assert isinstance(evict, t.Evict)
+    return next(name for name, d in MODELS.items() if evict.artifact.endswith(d))
+
+
+def test_of_large_models_the_coldest_leaves_first_whatever_their_size() -> None:
+    assert leaves_first(idle_model("a", 40 * GB, 100), idle_model("b", 4 * GB, 110)) == "b"
+
+
+def test_one_large_model_leaves_before_many_small_ones_that_are_nearly_as_cold() -> None:
+    small = [idle_model(name, GB // 100, 120) for name in "bcdefghij"]
+    assert leaves_first(*small, idle_model("a", 10 * GB, 100)) == "a"
+    assert leaves_first(*small, idle_model("a", 10 * GB, 1)) == "b", "much colder ones do"
+
+
+def test_what_is_slow_to_have_again_stays_longer() -> None:
+    models = idle_model("a", 10 * GB, 200), idle_model("b", 10 * GB, 100)
+    assert leaves_first(*models) == "a"
+    assert leaves_first(*models, rates={"a": 10e6, "b": 100e6}) == "b"
+    assert leaves_first(*models, rates={"a": 100e6, "b": 100e6}) == "a"
+
+
+def test_what_others_share_does_not_count_as_freed() -> None:
+    pair = idle_model("a", GB // 100, 300, "j"), idle_model("b", GB // 100, 300, "j")
+    assert leaves_first(*pair, idle_model("c", 9 * GB, 100)) == "c"
+
+
+def test_models_that_share_all_they_have_leave_too() -> None:
+    twin = Artifact(ArtifactId("sha256:" + "f" * 64), idle_model("a", GB, 300).blobs, START - 10)
+    assert leaves_first(idle_model("a", GB, 300), twin) == "a"
+
+
+def test_what_a_claim_shares_is_not_taken_down_for_nothing() -> None:
+    bench = Bench()
+    twin = Artifact(ArtifactId("sha256:" + "f" * 64), artifact_of(A).blobs, START - 500)
+    note = Note(Ref("twin"), RevisionKey("f" * 64), twin.id, True, START)
+    pin = make_claim("pin", A, ClaimKind.PIN)
+    bench.happen(t.Recovered((artifact_of(A), twin), (note_of(A), note), (pin,), ()))
+    bench.happen(t.CapacitySet(DISK, 20))
+    assert bench.tick() == []
+
+
+def test_a_lease_keeps_its_model_warm_until_it_ends() -> None:
+    bench = Bench()
+    bench.recover(A, B, claims=(held_claim("lease", A),))
+    bench.now += 1000
+    bench.happen(t.ClaimEnded(ClaimId("lease")), t.CapacitySet(DISK, 50))
+    (evict,) = bench.tick()
+    assert isinstance(evict, t.Evict) and evict.artifact == ID[B.ref]
+
+
+def test_a_measured_rate_outlives_a_resolution_that_finds_the_same() -> None:
+    bench = Bench()
+    note = replace(note_of(A), rate_bytes_per_s=5e6)
+    bench.happen(t.Recovered((artifact_of(A),), (note,), (), ()))
+    bench.claim(A, fresh=True)
+    bench.tick()
+    bench.happen(t.Resolved(A))
+    assert bench.state.notes[A.ref].rate_bytes_per_s == 5e6
 
 
 # --- failures -------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import os
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from plan_world import ORIGIN, REFS, World
+from plan_world import ONLY_FULL, ORIGIN, REFS, RULES, World
 
 from cached.model import DISK, HOST, ClaimKind, Device, Ref
 from cached.plan import types as t
@@ -39,10 +39,14 @@ class Node(RuleBasedStateMachine):
         connected=often,
         furniture=st.lists(st.sampled_from(REFS), max_size=4, unique=True),
         guests=st.integers(0, 3),
+        rules=st.sampled_from([RULES, ONLY_FULL]),
     )
-    def begin(self, keep_leftovers: bool, connected: bool, furniture: list[Ref], guests: int) -> None:
+    def begin(
+        self, keep_leftovers: bool, connected: bool, furniture: list[Ref], guests: int, rules: t.Rules
+    ) -> None:
         """A node that has run for a while: artifacts on disk, and some of them held in memory."""
         self.world.keep_leftovers = keep_leftovers
+        self.world.rules = rules
         self.world.furnish(furniture)
         if connected:
             self.world.see_standby()
@@ -118,6 +122,11 @@ class Node(RuleBasedStateMachine):
         self.world.lose_standby(died, late)
         self.then()
 
+    @rule(capacity_bytes=st.sampled_from([30, 70, 100, 100]))
+    def resize(self, capacity_bytes: int) -> None:
+        self.world.resize(capacity_bytes)
+        self.then()
+
     # --- the rest ---------------------------------------------------------------------------
 
     @precondition(lambda self: self.world.state.artifacts)
@@ -145,7 +154,7 @@ class Node(RuleBasedStateMachine):
         self.world.happen(t.Used(artifacts[index % len(artifacts)]))
         self.then()
 
-    @rule(seconds=st.sampled_from([0.01, 1.0, 16.0, 60.0, 301.0]))
+    @rule(seconds=st.sampled_from([0.01, 1.0, 16.0, 60.0, 301.0, 1200.0]))
     def pass_time(self, seconds: float) -> None:
         self.world.tick()
         self.world.now += seconds

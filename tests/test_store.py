@@ -14,6 +14,7 @@ from cached.durable import Partial, RealFs
 from cached.model import (
     CHUNK_BYTES,
     ArtifactId,
+    Aside,
     Blob,
     CachedError,
     ClaimId,
@@ -26,6 +27,7 @@ from cached.model import (
 )
 from cached.store import Scan, Store
 from cached.store.layout import Intent, Journal, decode, encode, format_journal, parse_journal
+from cached.store.shelf import MOST_RECORDS
 from tests.memfs import MemFs
 from tests.storekit import Home, SmallModel, blob_of, deliver, fetch, files_of, pin, sha256
 
@@ -289,6 +291,71 @@ def test_an_unattested_artifact_is_fetched_anew_as_what_it_was(home: Home) -> No
     assert home.store.begin_fetch(loose.revision, 160.0).have == (None, blob_of(b"second"))
 
 
+def test_what_lies_in_quarantine_is_told_and_purged_and_its_record_stays(home: Home) -> None:
+    home.fetch(A)
+    home.fetch(LOOSE)
+    (digest,) = LOOSE.digests
+    out = home.store.quarantine((LOOSE.id,), digest, "bad", 150.0)
+    aside = Aside(f"{digest}.150", len(LOOSE.contents[0]), 150.0)
+    assert out.aside == aside
+    home.fs.write_file(home.at.claims / "bad.json", b"{")
+    set_aside = Aside("claim-bad.300", 1, 300.0)
+    assert set(home.restart(now=300.0).asides) == {aside, set_aside}
+    home.store.purge(aside.name)
+    home.store.purge(aside.name)
+    assert home.fs.list_dir(home.at.quarantine / aside.name) == ["reason.json"]
+    assert home.restart().asides == (set_aside,)
+    assert home.found.problems == ()
+    home.store.quarantine((), Digest("ab" * 32), "it is missing", 160.0)
+    assert home.store.quarantine((), Digest("ab" * 32), "it is missing", 160.0).aside is None
+
+
+def test_what_is_found_damaged_before_a_fetch_is_told_too(home: Home) -> None:
+    plan = home.store.begin_fetch(A.revision, 100.0)
+    home.store.commit_blob(A.revision.key, 1, deliver(home.fs, plan.directory, 1, A.contents[1]))
+    home.damage(A.contents[1], b"WEIGHTS of a")
+    home.fs.unlink(plan.directory / "1.journal")
+    again = home.store.begin_fetch(A.revision, 110.0)
+    assert again.have == (None, None, None)
+    assert again.asides == (Aside(f"{sha256(A.contents[1])}.110", 12, 110.0),)
+
+
+def test_records_of_what_is_gone_are_bounded_the_oldest_go(home: Home) -> None:
+    for second in range(MOST_RECORDS + 3):
+        home.fs.make_dir(home.at.quarantine / f"x.{second}")
+    home.fs.write_file(home.at.quarantine / "x.0" / "blob", b"still here")
+    home.restart()
+    names = home.fs.list_dir(home.at.quarantine)
+    assert len(names) == MOST_RECORDS + 1
+    assert "x.0" in names and not {"x.1", "x.2"} & set(names) and f"x.{MOST_RECORDS + 2}" in names
+
+
+def test_a_start_says_when_leftovers_last_grew_and_removes_scratch_files(home: Home) -> None:
+    plan = home.store.begin_fetch(A.revision, 100.0)
+    deliver(home.fs, plan.directory, 0, A.contents[0])
+    for name, at in (("revision.json", 40.0), ("0.journal", 60.0), ("0.part", 77.0)):
+        home.fs.touch(plan.directory / name, at)
+    home.fs.write_file(plan.directory / ".revision.json.tmp", b"half")
+    home.fs.write_file(home.at.ingest / ".x.tmp", b"half")
+    (ingest,) = home.restart().ingests
+    assert ingest.ran_at == 77.0 and home.found.problems == ()
+    assert home.fs.list_dir(home.at.ingest) == [A.revision.key]
+    assert home.fs.list_dir(plan.directory) == ["0.journal", "0.part", "revision.json"]
+
+
+def test_a_measured_rate_is_found_again_and_older_notes_are_read(home: Home) -> None:
+    plan = home.store.begin_fetch(LOOSE.revision, 100.0)
+    home.store.commit_blob(LOOSE.revision.key, 0, deliver(home.fs, plan.directory, 0, LOOSE.contents[0]))
+    home.store.commit_artifact(LOOSE.manifest, LOOSE.revision, 100.0, 5e6)
+    (note,) = home.restart().notes
+    assert note.rate_bytes_per_s == 5e6
+    path = home.at.note(LOOSE.ref)
+    record = json.loads(home.fs.read_file(path))
+    del record["rate_bytes_per_s"]
+    home.fs.write_file(path, json.dumps(record).encode())
+    assert home.restart().notes == (replace(note, rate_bytes_per_s=0.0),)
+
+
 def test_the_same_content_can_be_quarantined_again_within_a_second(home: Home) -> None:
     for _ in range(2):
         home.fetch(LOOSE)
@@ -508,8 +575,27 @@ def test_what_a_real_worker_delivers_is_committed(tmp_path: Path) -> None:
     home.store.commit_blob(LOOSE.revision.key, 0, blob)
     home.store.commit_artifact(LOOSE.manifest, LOOSE.revision, 110.0)
     assert home.tree(LOOSE) == files_of(LOOSE)
-    total_bytes, free_bytes = home.store.disk_free()
-    assert 0 < free_bytes < total_bytes
+
+
+def test_the_room_is_the_file_systems_and_tells_what_is_ours(home: Home) -> None:
+    home.fetch(A)
+    a_bytes = sum(map(len, A.contents))
+    room = home.store.room()
+    assert 0 < room.free_bytes < room.total_bytes and room.own_bytes == a_bytes
+    home.fetch(B)
+    plan = home.store.begin_fetch(LOOSE.revision, 120.0)
+    deliver(home.fs, plan.directory, 0, LOOSE.contents[0])
+    beside = home.fs.allocated_bytes(home.at.ingest)
+    assert beside >= len(LOOSE.contents[0])
+    assert home.store.room().own_bytes == a_bytes + len(b"weights of b") + beside
+    home.restart()
+    assert home.store.room().own_bytes == a_bytes + len(b"weights of b") + beside
+    home.store.discard(LOOSE.revision.key, ())
+    home.store.evict(A.id, (sha256(b"{}"), sha256(b"weights of a")))
+    assert home.store.room().own_bytes == len(b"weights of b") + len(SHARED)
+    home.store.quarantine((B.id,), sha256(SHARED), "bad", 150.0)
+    away = home.fs.allocated_bytes(home.at.quarantine) + home.fs.allocated_bytes(home.at.ingest)
+    assert home.store.room().own_bytes == len(b"weights of b") + away
 
 
 def test_a_thousand_artifacts_are_found_in_well_under_a_second(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from cached.model import ArtifactId, Claim, ClaimId, Note, Ref, RevisionKey, hub_parts
 from cached.store import Scan, Store
-from cached.store.layout import Layout
+from cached.store.layout import Intent, Layout, decode
 from tests.memfs import Chance, Doubles, Fate, Kill, Losses, MemFs, NamesOnly
 from tests.storekit import SmallModel, deliver, fetch, pin, sha256
 
@@ -48,6 +48,8 @@ class Promises:
     damaged: bool = False
     """Whether B's blob is bad under every name it has; true from before its quarantine."""
     put_away: bool = False
+    purging: bool = False
+    """Whether the damaged content may be removed by now; the record of it may not."""
 
     def copy(self) -> Promises:
         return Promises(
@@ -57,6 +59,7 @@ class Promises:
             set(self.ended),
             self.damaged,
             self.put_away,
+            self.purging,
         )
 
 
@@ -117,6 +120,11 @@ class Story:
         self.promises.gone.add(B.id)
         self.promises.put_away = True
 
+    def purge_b(self, store: Store) -> None:
+        self.step = "purge b"
+        self.promises.purging = True
+        store.purge(f"{B.digests[0]}.150")
+
     def discard(self, store: Store, model: SmallModel) -> None:
         self.step = f"discard {model.ref}"
         plan = store.begin_fetch(model.revision, 100.0)
@@ -141,6 +149,7 @@ class Story:
         self.evict(store, A)
         self.fetch(store, B)
         self.put_claim(store, PIN)
+        self.purge_b(store)
         self.keep()
         store.close()
         self.fs.before_change = None
@@ -180,11 +189,17 @@ def check_damage(fs: MemFs, found: Scan, promises: Promises) -> None:
     kept = [path for path in fs.files_under(AT.quarantine) if path.endswith("/blob")]
     quarantined = [fs.read_file(AT.quarantine / path) for path in kept]
     listed = any(artifact.id == B.id for artifact in found.artifacts)
-    if promises.put_away or (promises.damaged and not listed):
+    if promises.purging:
+        assert quarantined in ([BAD], [])
+    elif promises.put_away or (promises.damaged and not listed):
         assert quarantined == [BAD], "damaged content was silently deleted"
     else:
         assert quarantined == []
-    assert all(not name.startswith(".") for name in fs.list_dir(AT.quarantine))
+    places = fs.list_dir(AT.quarantine)
+    assert all(not name.startswith(".") for name in places)
+    assert all(decode(fs.read_file(AT.quarantine / name / "reason.json"), Intent) for name in places)
+    assert len(places) >= promises.put_away, "nothing tells any more why it was put away"
+    assert [aside.size_bytes for aside in found.asides] == [len(BAD) for _ in quarantined]
 
 
 def check_contents(fs: MemFs, found: Scan, promises: Promises) -> None:
@@ -316,6 +331,7 @@ def seen(found: Scan, before: Promises) -> Promises:
         {PIN.id, OTHER_PIN.id} - claims.keys(),
         before.damaged,
         before.put_away,
+        before.purging,
     )
 
 

@@ -37,6 +37,7 @@ from cached.model import (
     note_of,
     temporary,
 )
+from cached.node.capacity import Capacity
 from cached.node.core import Core
 from cached.node.disk import Disk
 from cached.node.meter import Meter
@@ -48,14 +49,17 @@ from cached.store import Store
 BUSY_TRIES = 20
 BUSY_PAUSE_S = 0.5
 RELEASE_TRIES = 10
+MEASURED_BYTES = 8 * 1024 * 1024
+"""What comes in less says more about the way to an origin than about its rate."""
 
 log = structlog.get_logger("cached.node")
 
 
 class Effects:
-    """What the node does. ``core`` is set once it exists: the two know each other."""
+    """What the node does. ``core`` and ``capacity`` are set once they exist: they know each other."""
 
     core: Core
+    capacity: Capacity
 
     def __init__(self, store: Store, disk: Disk, pool: FetchPool, metrics: Metrics) -> None:
         self._store = store
@@ -92,6 +96,8 @@ class Effects:
                 self.core.spawn(self._evict(artifact, drop, why), f"evict {artifact}")
             case t.Quarantine():
                 self.core.spawn(self._quarantine(action), f"quarantine {action.digest}")
+            case t.Purge(aside, why):
+                self.core.spawn(self._purge(aside, why), f"purge {aside}")
             case t.Load(device, artifact):
                 task = self.core.spawn(self._load(device, artifact), f"load {artifact} on {device}")
                 self._loads[device, artifact] = task
@@ -139,7 +145,8 @@ class Effects:
         known = self.core.state.proven.get(revision.key)
         self.core.post(t.Resolved(revision))
         if known is not None:
-            await self._note(note_of(revision, known, time.time()))
+            rate = self.core.state.artifacts[known].rate_bytes_per_s
+            await self._note(note_of(revision, known, time.time(), rate))
 
     async def _note(self, note: Note) -> None:
         """Write down what a ref resolved to. No promise: where that fails, the origin is asked again."""
@@ -179,18 +186,28 @@ class Effects:
         async def committed(index: int, blob: Blob) -> None:
             await self._disk.call(self._store.commit_blob, key, index, blob)
 
+        began, came_bytes, progress = time.monotonic(), 0, self._progress(key)
+
+        def advanced(done_bytes: int, origin_bytes: int) -> None:
+            nonlocal came_bytes
+            came_bytes = origin_bytes
+            progress(done_bytes, origin_bytes)
+
         with self._pool.enlist(revision, background):
             ingest = await self._disk.call(self._store.begin_fetch, revision, time.time())
+            self.core.post(*(t.Quarantined((), (), aside) for aside in ingest.asides))
             read_soon = is_read_soon(self.core.state, key)
             job = FetchJob(revision, str(ingest.directory), ingest.have, background, read_soon)
-            manifest = await self._pool.fetch(job, self._progress(key), committed)
+            manifest = await self._pool.fetch(job, advanced, committed)
+        rate = rate_of(came_bytes, time.monotonic() - began)
         # From here the artifact will be there: stopping now would only make the facts harder to tell.
         self._committing.add(key)
         now = time.time()
-        artifact = await self._disk.call(self._store.commit_artifact, manifest, revision, now)
-        note = note_of(revision, artifact.id, now)
+        artifact = await self._disk.call(self._store.commit_artifact, manifest, revision, now, rate)
+        note = note_of(revision, artifact.id, now, rate)
         log.info("proven", ref=revision.ref, artifact=artifact.id, size_bytes=artifact.size_bytes)
         self.core.post(t.Fetched(key, artifact, note))
+        self.capacity.poke()
 
     def _progress(self, key: RevisionKey) -> Callable[[int, int], None]:
         meter, seen_bytes = self.fetching[key], 0
@@ -212,6 +229,7 @@ class Effects:
         await self._disk.call(self._store.evict, artifact, drop)
         self._metrics.evicted(size_bytes)
         self.core.post(t.Evicted(artifact))
+        self.capacity.poke()
 
     async def _discard(self, key: RevisionKey, drop: tuple[Digest, ...]) -> None:
         # A worker that was just killed may not have let go of its file yet.
@@ -227,6 +245,7 @@ class Effects:
             raise RuntimeError(f"the leftovers of {key} are still being written to by an unknown process")
         log.info("discarded leftovers", revision=key)
         self.core.post(t.Discarded(key))
+        self.capacity.poke()
 
     async def _quarantine(self, action: t.Quarantine) -> None:
         log.error("corrupt content", digest=action.digest, reason=action.reason, artifacts=action.artifacts)
@@ -235,7 +254,15 @@ class Effects:
         )
         self._metrics.quarantined()
         # All that went with the content, also what was committed since it was planned.
-        self.core.post(t.Quarantined(down.artifacts, down.leftovers))
+        self.core.post(t.Quarantined(down.artifacts, down.leftovers, down.aside))
+        self.capacity.poke()
+
+    async def _purge(self, aside: str, why: str) -> None:
+        size_bytes = self.core.state.asides[aside].size_bytes
+        log.warning("removing quarantined content", name=aside, size_bytes=size_bytes, why=why)
+        await self._disk.call(self._store.purge, aside)
+        self.core.post(t.Purged(aside))
+        self.capacity.poke()
 
     # --- devices ----------------------------------------------------------------------------
 
@@ -358,6 +385,11 @@ class Effects:
         if wrong:
             wrong = await self._pool.verify(tuple(files[m.digest] for m in wrong), lambda _: None)
         return wrong
+
+
+def rate_of(came_bytes: int, took_s: float) -> float:
+    """Bytes per second that an origin gave; 0 where that cannot be told."""
+    return came_bytes / took_s if came_bytes >= MEASURED_BYTES and took_s > 0 else 0.0
 
 
 def refresh_claim(ref: Ref, device: Device) -> Claim:

@@ -38,6 +38,7 @@ from cached.model import (
     Ref,
     permanent,
 )
+from cached.node.capacity import Capacity
 from cached.node.core import Core
 from cached.node.disk import Disk
 from cached.node.effects import Effects, refresh_claim
@@ -53,8 +54,6 @@ PROGRESS_EVERY_S = 0.25
 METRICS_EVERY_S = 1.0
 PRESSURE_EVERY_S = 1.0
 EVICT_WAIT_S = 60.0
-KEPT_FREE = 0.2
-"""The share of the file system that the default capacity leaves free: kubelet collects images at 85 %."""
 
 log = structlog.get_logger("cached.node")
 
@@ -79,8 +78,10 @@ class Node:
         self._metrics = metrics
         self._disk = Disk(lambda error: self._core.fail(error))
         self._effects = Effects(store, self._disk, pool, metrics)
-        self._core = Core(State(settings.transfer.workers), self._effects.start)
+        self._core = Core(State(settings.transfer.workers, rules=_rules(settings)), self._effects.start)
         self._effects.core = self._core
+        self._capacity = Capacity(settings.store, store, self._disk, self._core, metrics)
+        self._effects.capacity = self._capacity
         run_dir = Path(settings.run_dir)
         self._leases = Leases(run_dir / "leases", fs)
         self._grants = Grants(self._core, self._effects, store, self._disk, self._leases)
@@ -100,25 +101,22 @@ class Node:
         leases = self._leases.restore(lambda words: log.error(words))
         self._report(scan)
         self._effects.durable.update(claim.id for claim in scan.claims)
+        await self._capacity.measure()
         self._core.post(
             t.Recovered(
                 scan.artifacts,
                 scan.notes,
                 (*scan.claims, *leases),
                 tuple(i.revision for i in scan.ingests),
+                scan.asides,
+                {i.revision.key: i.ran_at for i in scan.ingests},
             )
         )
-        total_bytes, free_bytes = self._store.disk_free()
-        capacity_bytes = self._settings.store.capacity_bytes
-        if capacity_bytes is None:
-            ours = sum({d: s for a in scan.artifacts for d, s in a.blobs}.values())
-            ours += sum(i.have_bytes for i in scan.ingests)
-            capacity_bytes = max(0, int(ours + free_bytes - KEPT_FREE * total_bytes))
-        self._core.post(t.CapacitySet(DISK, capacity_bytes))
         self._recovered = True
         self._core.spawn(self._core.run(), "core")
         self._core.spawn(self._standbys.run(), "standbys")
         self._core.spawn(self._grants.run(), "leases")
+        self._core.spawn(self._capacity.run(), "capacity")
         self._core.spawn(self._measure(), "metrics")
         self._core.spawn(self._heed_pressure(), "pressure")
 
@@ -152,6 +150,9 @@ class Node:
                 pins=kinds.count(ClaimKind.PIN),
                 prefetches=kinds.count(ClaimKind.PREFETCH),
             )
+            disk, asides = self._core.state.disk, self._core.state.asides.values()
+            self._metrics.set_over_capacity(max(0, disk.ledger.used_bytes - disk.capacity_bytes))
+            self._metrics.set_quarantine(sum(aside.size_bytes for aside in asides))
             for place in self.places():
                 if place.connected:
                     self._metrics.set_device(
@@ -430,6 +431,11 @@ class Node:
     ) -> Claim:
         name = ClaimId(f"{kind.value}-{uuid.uuid4().hex}")
         return Claim(name, kind, ref, device, time.time(), fresh, holder)
+
+
+def _rules(settings: Settings) -> t.Rules:
+    store = settings.store
+    return t.Rules(store.high_watermark, store.low_watermark, store.quarantine_keep_s, store.leftovers_keep_s)
 
 
 def _not_here(text: str) -> CachedError:

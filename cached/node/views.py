@@ -163,9 +163,8 @@ class Views:
                 if a in self._state.artifacts
             )
             count = len(self._state.artifacts)
-            return PlaceView(
-                device, place.capacity_bytes, place.ledger.used_bytes, claimed, count, True, (), 0
-            )
+            used_bytes, remarks = place.ledger.used_bytes, _disk_remarks(self._state)
+            return PlaceView(device, place.capacity_bytes, used_bytes, claimed, count, True, remarks, 0)
         residents = [s for s, r in self._state.residencies.items() if s[0] == device and r.items]
         claimed = sum(
             sum(size for _, size in self._state.residencies[s].items)
@@ -208,6 +207,15 @@ def _phase(phase: Phase, record: t.Resolution | t.Transfer | t.Residency | None)
 def _step_word(step: t.Step) -> str:
     words = {t.Step.RUNNING: "fetching", t.Step.FAILED: "failed", t.Step.REFUSED: "refused"}
     return words.get(step, "absent")
+
+
+def _disk_remarks(state: State) -> tuple[str, ...]:
+    over_bytes = state.disk.ledger.used_bytes - state.disk.capacity_bytes
+    if over_bytes <= 0:
+        return ()
+    may_go = state.idle or state.leaving or state.asides or state.purging
+    why = "what nobody claims leaves" if may_go else "all of it is claimed: unpin or stop something"
+    return (f"{over_bytes / 1e9:.2f} GB over its capacity; {why}, or free space on the file system",)
 
 
 def _remarks(inventory: Inventory | None) -> tuple[str, ...]:

@@ -10,9 +10,11 @@ from dataclasses import replace
 from typing import assert_never
 
 from cached.model import (
+    DISK,
     ORIGIN_CHANGED,
     Artifact,
     ArtifactId,
+    Aside,
     Claim,
     ClaimId,
     ClaimKind,
@@ -29,7 +31,7 @@ from cached.model import (
 )
 from cached.plan import types as t
 from cached.plan.ledger import Item
-from cached.plan.state import Place, Proven, Spot, State, transfer_items
+from cached.plan.state import Place, Proven, Spot, State, aside_item, transfer_items
 
 FIRST_BACKOFF_S = 1.0
 LAST_BACKOFF_S = 300.0
@@ -43,15 +45,29 @@ def backoff_s(rounds: int) -> float:
 
 def apply(state: State, event: t.Event, now: float) -> None:
     """Work one event into the state. ``now`` is in Unix seconds."""
+    _work_in(state, event, now)
+    _watch_level(state)
+
+
+def _watch_level(state: State) -> None:
+    disk, rules = state.disk, state.rules
+    used_bytes = disk.ledger.used_bytes
+    if used_bytes > rules.high_watermark * disk.capacity_bytes:
+        disk.draining = True
+    elif used_bytes <= rules.low_watermark * disk.capacity_bytes:
+        disk.draining = False
+
+
+def _work_in(state: State, event: t.Event, now: float) -> None:
     match event:
         case t.Recovered():
-            _recovered(state, event)
+            _recovered(state, event, now)
         case t.CapacitySet(device, capacity_bytes):
-            state.places.setdefault(device, Place(0)).capacity_bytes = capacity_bytes
+            _capacity_set(state, device, capacity_bytes)
         case t.ClaimMade(claim):
             _claim_made(state, claim)
         case t.ClaimEnded(claim_id):
-            _claim_ended(state, claim_id)
+            _claim_ended(state, claim_id, now)
         case t.Renewed(claim_id, expires_at):
             if claim_id in state.claims:
                 state.refile(claim_id, expires_at=expires_at)
@@ -65,11 +81,11 @@ def apply(state: State, event: t.Event, now: float) -> None:
         case t.ResolveFailed(ref, problem):
             _resolve_failed(state, ref, problem, now)
         case t.Fetched():
-            _fetched(state, event)
+            _fetched(state, event, now)
         case t.FetchFailed(key, problem):
             _fetch_failed(state, key, problem, now)
         case t.FetchStopped(key):
-            _idle(state, key)
+            _idle(state, key, now)
         case t.Discarded(key):
             _discarded(state, key)
         case t.Evicted(artifact):
@@ -79,8 +95,11 @@ def apply(state: State, event: t.Event, now: float) -> None:
                 state.evict_asked[artifact] = None
         case t.Corrupt(digest, reason):
             state.corrupt[digest] = reason
-        case t.Quarantined(artifacts, leftovers):
-            _quarantined(state, artifacts, leftovers)
+        case t.Quarantined():
+            _quarantined(state, event, now)
+        case t.Purged(aside):
+            state.purging.discard(aside)
+            state.disk.ledger.remove([aside_item(state.asides.pop(aside))])
         case t.StandbySeen(inventory, capacity_bytes):
             _standby_seen(state, inventory, capacity_bytes)
         case t.StandbyGone(device):
@@ -100,15 +119,29 @@ def apply(state: State, event: t.Event, now: float) -> None:
 # --- start ----------------------------------------------------------------------------------
 
 
-def _recovered(state: State, event: t.Recovered) -> None:
+def _recovered(state: State, event: t.Recovered, now: float) -> None:
     for artifact in event.artifacts:
         _add_artifact(state, artifact)
     for note in event.notes:
         _add_note(state, note)
     for revision in event.leftovers:
-        _add_leftover(state, revision)
+        _add_leftover(state, revision, event.ran_at.get(revision.key, now))
+    for aside in event.asides:
+        _add_aside(state, aside)
     for claim in event.claims:
         _restore_claim(state, claim)
+
+
+def _capacity_set(state: State, device: Device, capacity_bytes: int) -> None:
+    place = state.places.setdefault(device, Place(0))
+    grown = capacity_bytes > place.capacity_bytes
+    place.capacity_bytes = capacity_bytes
+    if device == DISK and grown:
+        # What was too large for the disk may not be any more: a pin must not wait for somebody to ask again.
+        for key in list(state.idle_transfers):
+            problem = state.transfers[key].problem
+            if problem is not None and problem.reason == "DISK_CAPACITY":
+                _retry_fetch(state, key)
 
 
 def _restore_claim(state: State, claim: Claim) -> None:
@@ -129,15 +162,15 @@ def _restore_claim(state: State, claim: Claim) -> None:
 def _add_artifact(state: State, artifact: Artifact) -> None:
     if artifact.id not in state.artifacts:
         state.disk.ledger.add(artifact.blobs)
-    state.artifacts[artifact.id] = Proven(artifact)
+    before = state.artifacts.get(artifact.id, Proven(artifact))
+    state.put_artifact(replace(before, artifact=artifact, step=t.DiskStep.VERIFIED))
 
 
 def _add_note(state: State, note: Note) -> None:
     if note.artifact not in state.artifacts:
         return
     before = state.notes.get(note.ref)
-    state.notes[note.ref] = note
-    state.proven[note.revision] = note.artifact
+    state.put_note(note)
     if before is not None and before.revision != note.revision:
         _move_pins(state, before, note)
 
@@ -189,10 +222,12 @@ def _retry_fetch(state: State, key: RevisionKey) -> None:
         state.put_transfer(replace(transfer, step=t.Step.IDLE, retry_at=0.0, problem=None))
 
 
-def _claim_ended(state: State, claim_id: ClaimId) -> None:
+def _claim_ended(state: State, claim_id: ClaimId, now: float) -> None:
     claim = state.claims.get(claim_id)
     if claim is None:
         return
+    if claim_id in state.answered and claim.artifact is not None:
+        _used(state, claim.artifact, now)  # until this moment
     state.unfile(claim)
     state.answered.discard(claim_id)
     if claim.revision is not None:
@@ -219,7 +254,7 @@ def _used(state: State, artifact_id: ArtifactId, now: float) -> None:
     proven = state.artifacts.get(artifact_id)
     if proven is not None:
         used = replace(proven.artifact, last_used_at=max(now, proven.artifact.last_used_at))
-        state.artifacts[artifact_id] = replace(proven, artifact=used)
+        state.put_artifact(replace(proven, artifact=used))
 
 
 # --- resolution and transfer ----------------------------------------------------------------
@@ -230,7 +265,8 @@ def _resolved(state: State, revision: Revision, now: float) -> None:
     waiting = state.unresolved.claims(revision.ref)
     proven = state.proven.get(revision.key)
     if proven is not None:
-        _add_note(state, note_of(revision, proven, now))
+        rate = state.artifacts[proven].rate_bytes_per_s
+        _add_note(state, note_of(revision, proven, now, rate))
     elif waiting and revision.key not in state.transfers:
         state.put_transfer(t.Transfer(revision, t.Step.IDLE))
     _retry_fetch(state, revision.key)
@@ -255,12 +291,12 @@ def _after_failure(problem: Problem, rounds: int, now: float) -> tuple[t.Step, f
     return t.Step.FAILED, now + max(backoff_s(rounds), problem.retry_after_s)
 
 
-def _fetched(state: State, event: t.Fetched) -> None:
+def _fetched(state: State, event: t.Fetched, now: float) -> None:
     current = state.artifacts.get(event.artifact.id)
     if current is not None and current.step is not t.DiskStep.VERIFIED:
         # The same content was being taken down while this copy of it was committed: which came last
         # is not known here, so it is fetched again; what is on disk is found and not transferred.
-        _idle(state, event.revision)
+        _idle(state, event.revision, now)
         return
     transfer = state.drop_transfer(event.revision)
     _add_artifact(state, event.artifact)
@@ -277,7 +313,10 @@ def _fetch_failed(state: State, key: RevisionKey, problem: Problem, now: float) 
     transfer = state.transfers[key]
     rounds = transfer.rounds + 1
     step, retry_at = _after_failure(problem, rounds, now)
-    state.put_transfer(replace(transfer, step=step, rounds=rounds, retry_at=retry_at, problem=problem))
+    ran_at = now if transfer.step in (t.Step.RUNNING, t.Step.STOPPING) else transfer.ran_at
+    state.put_transfer(
+        replace(transfer, step=step, rounds=rounds, retry_at=retry_at, problem=problem, ran_at=ran_at)
+    )
     if problem.reason == ORIGIN_CHANGED:
         _resolve_pins_anew(state, transfer.revision, problem, now)
 
@@ -295,8 +334,8 @@ def _resolve_pins_anew(state: State, revision: Revision, problem: Problem, now: 
         state.resolutions[revision.ref] = t.Resolution(t.Step.FAILED, 1, now + ORIGIN_SETTLES_S, later)
 
 
-def _idle(state: State, key: RevisionKey) -> None:
-    state.put_transfer(replace(state.transfers[key], step=t.Step.IDLE))
+def _idle(state: State, key: RevisionKey, now: float) -> None:
+    state.put_transfer(replace(state.transfers[key], step=t.Step.IDLE, ran_at=now))
 
 
 def _discarded(state: State, key: RevisionKey) -> None:
@@ -309,15 +348,15 @@ def _discarded(state: State, key: RevisionKey) -> None:
 # --- taking down ----------------------------------------------------------------------------
 
 
-def _take_down(state: State, artifact_id: ArtifactId, step: t.DiskStep) -> list[Ref]:
-    state.artifacts[artifact_id] = replace(state.artifacts[artifact_id], step=step)
+def _take_down(state: State, artifact_id: ArtifactId, step: t.DiskStep) -> tuple[Ref, ...]:
+    state.put_artifact(replace(state.artifacts[artifact_id], step=step))
     state.evict_asked.pop(artifact_id, None)
     return state.forget_artifact(artifact_id)
 
 
 def _evicted(state: State, artifact_id: ArtifactId) -> None:
     # Counted until here: its room is there only once it is gone.
-    proven = state.artifacts.pop(artifact_id, None)
+    proven = state.drop_artifact(artifact_id)
     state.disk.ledger.remove(proven.artifact.blobs if proven else ())
     _retry_loads(state, artifact_id)
 
@@ -334,8 +373,8 @@ def _withdraw(state: State, action: t.Quarantine) -> None:
             state.withdrawn[ref] = problem
 
 
-def _quarantined(state: State, artifacts: tuple[ArtifactId, ...], leftovers: tuple[Revision, ...]) -> None:
-    for artifact_id in artifacts:
+def _quarantined(state: State, event: t.Quarantined, now: float) -> None:
+    for artifact_id in event.artifacts:
         if state.is_verified(artifact_id):
             # It was committed while the content was being put away, and went with it.
             _take_down(state, artifact_id, t.DiskStep.QUARANTINING)
@@ -344,15 +383,23 @@ def _quarantined(state: State, artifacts: tuple[ArtifactId, ...], leftovers: tup
         for claim_id in list(state.claimed.get(artifact_id, ())):
             if claim_id not in state.answered:
                 state.refile(claim_id, revision=None, artifact=None, fresh=True)
-    for revision in leftovers:
-        _add_leftover(state, revision)
+    for revision in event.leftovers:
+        _add_leftover(state, revision, now)
+    if event.aside is not None:
+        _add_aside(state, event.aside)
 
 
-def _add_leftover(state: State, revision: Revision) -> None:
+def _add_aside(state: State, aside: Aside) -> None:
+    if aside.name not in state.asides:
+        state.asides[aside.name] = aside
+        state.disk.ledger.add([aside_item(aside)])
+
+
+def _add_leftover(state: State, revision: Revision, ran_at: float) -> None:
     """Count what lies on disk of it, unless its transfer counts it already."""
     transfer = state.transfers.get(revision.key, t.Transfer(revision, t.Step.IDLE))
     if not transfer.reserved:
-        transfer = replace(transfer, revision=revision, reserved=True)
+        transfer = replace(transfer, revision=revision, reserved=True, ran_at=ran_at)
         state.put_transfer(transfer)
         state.disk.ledger.add(transfer_items(transfer))
 
@@ -472,6 +519,8 @@ def _started(state: State, action: t.Action, now: float) -> None:
         case t.Quarantine(_, digest):
             _withdraw(state, action)
             state.corrupt.pop(digest)
+        case t.Purge(aside):
+            state.purging.add(aside)
         case t.Load(device, artifact):
             _load_started(state, device, artifact)
         case t.Release(device, artifact):
@@ -483,7 +532,7 @@ def _started(state: State, action: t.Action, now: float) -> None:
         case t.Grant(claim_id):
             _granted(state, claim_id, now)
         case t.Refuse(claim_id) | t.Expire(claim_id):
-            _claim_ended(state, claim_id)
+            _claim_ended(state, claim_id, now)
         case t.Refresh(ref):
             # The claim that the shell makes for it follows at once; until then the note counts as new.
             state.notes[ref] = replace(state.notes[ref], resolved_at=now)
@@ -533,4 +582,4 @@ def _granted(state: State, claim_id: ClaimId, now: float) -> None:
         state.ready.pop(claim_id)
         state.answered.add(claim_id)
     else:
-        _claim_ended(state, claim_id)
+        _claim_ended(state, claim_id, now)

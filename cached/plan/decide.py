@@ -7,6 +7,7 @@ have been applied as started, it plans nothing more until something happens or t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -26,6 +27,7 @@ from cached.model import (
 )
 from cached.plan import types as t
 from cached.plan.ledger import Item, Ledger
+from cached.plan.order import worth
 from cached.plan.state import Place, Spot, State, transfer_items
 
 MOST_ROUNDS = 5
@@ -35,6 +37,7 @@ STANDBY_WAIT_S = 15.0
 REFRESH_AFTER_S = 300.0
 """How old a noted resolution may be before its use makes the daemon ask the origin in the background."""
 ROOM_RETRY_S = 30.0
+RAISE_IT = "free space on the file system, or raise [store] capacity_bytes or lower keep_free"
 OUR_DEATHS = frozenset({"WORKER_DIED", "INGEST_BUSY", "STANDBY_GONE"})
 """Failures that a death of one of our own processes makes: those who wait do not hear of it, as the next
 round goes on where it stopped, until it was too many times in a row."""
@@ -53,6 +56,7 @@ class _Draft:
         self.now = now
         self.actions: list[t.Action] = []
         self.ended: set[ClaimId] = set()
+        self.used: set[ArtifactId] = set()
         self.disk = state.disk.ledger.draft()
         self.tainted: set[ArtifactId] = set()
         self.making_room = False
@@ -68,6 +72,8 @@ class _Draft:
         self._withdraw_residents()
         self._load()
         self._evict_asked()
+        self._tidy()
+        self._drain()
         return self.actions
 
     def _refuse(self, claim: Claim, problem: Problem) -> None:
@@ -79,9 +85,11 @@ class _Draft:
 
     def _expire(self) -> None:
         for claim_id in self.state.timed:
-            expires_at = self.state.claims[claim_id].expires_at
-            if expires_at is not None and expires_at <= self.now:
+            claim = self.state.claims[claim_id]
+            if claim.expires_at is not None and claim.expires_at <= self.now:
                 self.ended.add(claim_id)
+                if claim.artifact is not None and claim_id in self.state.answered:
+                    self.used.add(claim.artifact)
                 self.actions.append(t.Expire(claim_id))
 
     def _answer(self) -> None:
@@ -91,6 +99,7 @@ class _Draft:
             if claim_id in self.ended or claim.artifact is None or not self._is_sound(claim.artifact):
                 continue
             self.actions.append(t.Grant(claim_id))
+            self.used.add(claim.artifact)
             if claim.kind is ClaimKind.PREFETCH:
                 self.ended.add(claim_id)
             note = self.state.notes.get(claim.ref)
@@ -199,14 +208,21 @@ class _Draft:
             background = not self.state.unfetched.urgent(key, self.ended)
             self.actions.append(t.Fetch(transfer.revision, background))
             return 1
-        claimed = self._claimed_on_disk(transfer)
-        if claimed.missing_bytes(items) + claimed.used_bytes > capacity_bytes:
-            self._cannot_fetch(transfer, self._no_room_on_disk(transfer, claimed))
-        else:
-            self._make_room_on_disk(
-                f"room for {_gb(transfer.revision.size_bytes)} of {transfer.revision.ref}"
-            )
+        if not self._surely_fits(transfer):
+            claimed = self._claimed_on_disk(but=transfer)
+            if claimed.missing_bytes(items) + claimed.used_bytes > capacity_bytes:
+                self._cannot_fetch(transfer, self._no_room_on_disk(transfer, claimed))
+                return 0
+        self._make_room_on_disk(f"room for {_gb(transfer.revision.size_bytes)} of {transfer.revision.ref}")
         return 0
+
+    def _surely_fits(self, transfer: t.Transfer) -> bool:
+        """Whether it fits even if all that is claimed, and every transfer, shared nothing: known without a
+        walk over what is claimed."""
+        others = (x for x in self.state.transfers.values() if x.reserved or x.revision.key in self.starting)
+        most_bytes = sum(x.revision.size_bytes for x in others if x is not transfer)
+        most_bytes += self.state.held_bytes + transfer.revision.size_bytes
+        return most_bytes <= self.state.disk.capacity_bytes
 
     def _cannot_fetch(self, transfer: t.Transfer, problem: Problem) -> None:
         key = transfer.revision.key
@@ -214,7 +230,7 @@ class _Draft:
         failed = replace(transfer, problem=problem, rounds=transfer.rounds + 1)
         self._tell(self.state.unfetched.claims(key), failed)
 
-    def _claimed_on_disk(self, but: t.Transfer) -> Ledger:
+    def _claimed_on_disk(self, but: t.Transfer | None = None) -> Ledger:
         """What may not be evicted: claimed artifacts, transfers that are wanted and reserved."""
         ledger = Ledger()
         for artifact_id in self.state.claimed:
@@ -238,34 +254,64 @@ class _Draft:
             "DISK_CAPACITY",
             f"{transfer.revision.ref} needs {_gb(need_bytes)} on disk; the capacity is "
             f"{_gb(capacity_bytes)}, of which {_gb(claimed.used_bytes)} are claimed by others",
-            "raise [store] capacity_bytes or take a smaller model"
+            f"{RAISE_IT}, or take a smaller model"
             if never
-            else "unpin or stop something ('cachectl ls' shows the claims), or raise [store] capacity_bytes",
+            else f"unpin or stop something ('cachectl ls' shows the claims), or {RAISE_IT}",
             None if never else ROOM_RETRY_S,
         )
 
     def _make_room_on_disk(self, why: str) -> None:
-        """Begin with one victim: a leftover first, else the coldest unclaimed artifact."""
+        """Begin with one thing that may go, for whoever is first in line."""
         self.making_room = True
-        if self._disk_in_motion() or not all(map(self._wanted, self.state.running)):
-            return
+        if not self._disk_in_motion() and all(map(self._wanted, self.state.running)):
+            self._let_one_go(why)
+
+    def _let_one_go(self, why: str) -> None:
+        """First what serves nobody: quarantined contents, leftovers; then the artifact missed least."""
+        aside = self._oldest_aside()
+        if aside is not None:
+            self.actions.append(t.Purge(aside, why))
+        elif (unwanted := self._unwanted_leftover()) is not None:
+            self._discard(unwanted)
+        elif (victim := self._victim()) is not None:
+            self._take_down(victim, why)
+
+    def _oldest_aside(self) -> str | None:
+        return min(self.state.asides, key=lambda name: (self.state.asides[name].at, name), default=None)
+
+    def _unwanted_leftover(self, ran_until: float = math.inf) -> RevisionKey | None:
+        """A transfer that holds room, has not run since then, and that nobody wants."""
         for key in self.state.idle_transfers:
             transfer = self.state.transfers[key]
-            if transfer.reserved and not self._wanted(key):
-                self._discard(key, transfer)
-                return
-        claimed = self.state.claimed
-        idle = (
-            artifact_id
-            for artifact_id, proven in self.state.artifacts.items()
-            if proven.step is t.DiskStep.VERIFIED
-            and not (artifact_id in claimed and self._claimed(artifact_id))
-        )
-        coldest = min(idle, key=self._last_used, default=None)
-        if coldest is not None:
-            self._take_down(coldest, why)
+            if transfer.reserved and transfer.ran_at <= ran_until and not self._wanted(key):
+                return key
+        return None
 
-    def _discard(self, key: RevisionKey, transfer: t.Transfer) -> None:
+    def _victim(self) -> ArtifactId | None:
+        """The unclaimed artifact with the highest score (see ``order``)."""
+        freed = {a for claim_id in self.ended if (a := self.state.claims[claim_id].artifact) is not None}
+        freed = {a for a in freed if self._is_sound(a) and not self._claimed(a)}
+        best = min((*self.state.idle.coldest(self.tainted), *freed), key=self._score, default=None)
+        if best is None or not self._score(best)[1]:
+            return best
+        # The coldest free nothing by themselves. One that does will do, or one of several that do together;
+        # what claims hold anyway is not worth taking anything down for.
+        kept = self._claimed_on_disk()
+        every = (a for a in (*self.state.idle, *freed) if self._is_sound(a))
+        helpful = (a for a in every if kept.missing_bytes(self.state.artifacts[a].artifact.blobs))
+        return min(helpful, key=self._score, default=None)
+
+    def _score(self, artifact_id: ArtifactId) -> tuple[float, bool, float, str]:
+        """The smallest of these goes first: the score, whether it frees nothing, and what breaks a tie."""
+        proven = self.state.artifacts[artifact_id]
+        freed_bytes = self.disk.freed_bytes(proven.artifact.blobs)
+        # What is given out or given back in this plan is used now, and not when it was before.
+        used_at = self.now if artifact_id in self.used else proven.artifact.last_used_at
+        score = max(0.0, self.now - used_at) * worth(freed_bytes, proven.rate_bytes_per_s)
+        return -score, freed_bytes == 0, used_at, artifact_id
+
+    def _discard(self, key: RevisionKey) -> None:
+        transfer = self.state.transfers[key]
         drop = tuple(Digest(k) for k in self.disk.only_in(transfer_items(transfer)) if is_digest(k))
         self.actions.append(t.Discard(key, drop))
 
@@ -400,16 +446,37 @@ class _Draft:
             return
         self._take_down(next(iter(self.state.evict_asked)), "an operator asked for it")
 
+    def _tidy(self) -> None:
+        """What is kept only for a while leaves when its time is over."""
+        rules, state = self.state.rules, self.state
+        aside = self._oldest_aside()
+        if aside is not None and state.asides[aside].at + rules.quarantine_keep_s > self.now:
+            aside = None
+        leftover = self._unwanted_leftover(self.now - rules.leftovers_keep_s)
+        if (aside is None and leftover is None) or self._disk_in_motion():
+            return
+        if aside is not None:
+            self.actions.append(t.Purge(aside, "it has been in quarantine for long enough"))
+        elif leftover is not None:
+            self._discard(leftover)
+
+    def _drain(self) -> None:
+        """Above the high watermark, make room before anybody has to wait for it."""
+        high_bytes = self.state.rules.high_watermark * self.state.disk.capacity_bytes
+        draining = self.state.disk.draining or self.disk.used_bytes > high_bytes
+        if draining and not self.making_room and not self._disk_in_motion():
+            self._let_one_go("the disk is above its high watermark")
+
     def _disk_in_motion(self) -> bool:
         """One eviction at a time: whether something is being taken down, or leaves a device for that."""
         state = self.state
-        evicting = any(p.step is not t.DiskStep.VERIFIED for p in state.artifacts.values())
-        discarding = any(r.step is t.Step.DISCARDING for r in state.transfers.values())
+        discarding = any(state.transfers[key].step is t.Step.DISCARDING for key in state.running)
         releasing = any(r.step is t.ResidentStep.RELEASING for r in state.residencies.values())
-        planned = any(isinstance(a, t.Quarantine | t.Discard | t.Evict | t.Release) for a in self.actions)
-        return evicting or discarding or releasing or planned
+        planned = any(isinstance(a, _TAKES_DOWN) for a in self.actions)
+        return bool(state.leaving or state.purging) or discarding or releasing or planned
 
 
+_TAKES_DOWN = (t.Quarantine, t.Purge, t.Discard, t.Evict, t.Release)
 _BUSY = (t.ResidentStep.LOADING, t.ResidentStep.RESIDENT, t.ResidentStep.RELEASING)
 
 

@@ -59,6 +59,10 @@ class Ledger:
         own = Counter(key for key, _ in set(items))
         return tuple(key for key, count in own.items() if self._keys.get(key) == count)
 
+    def freed_bytes(self, items: Iterable[Item]) -> int:
+        """What removing ``items`` would take from ``used_bytes``; no content twice."""
+        return sum(item[1] for item in items if self._contents[item] == 1)
+
 
 def _change(counts: MutableMapping[T, int], name: T, by: int) -> int:
     """Count, and say how many there are now; a draft keeps the zero that hides what it started from."""

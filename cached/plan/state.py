@@ -14,6 +14,7 @@ from cached.model import (
     DISK,
     Artifact,
     ArtifactId,
+    Aside,
     Claim,
     ClaimId,
     ClaimKind,
@@ -26,7 +27,8 @@ from cached.model import (
     RevisionKey,
 )
 from cached.plan.ledger import Item, Ledger
-from cached.plan.types import DiskStep, Residency, ResidentStep, Resolution, Step, Transfer
+from cached.plan.order import Idle
+from cached.plan.types import DiskStep, Residency, ResidentStep, Resolution, Rules, Step, Transfer
 
 K = TypeVar("K")
 Spot = tuple[Device, ArtifactId]
@@ -82,26 +84,37 @@ class Queue(Generic[K]):
 
 @dataclass(slots=True)
 class Place:
-    """One device's budget. ``inventory`` is None for the disk and while no standby is connected."""
+    """One device's budget. ``inventory`` is None for the disk and while no standby is connected.
+
+    ``draining`` (the disk's) is true from above the high watermark until the low one is reached.
+    """
 
     capacity_bytes: int
     ledger: Ledger = field(default_factory=Ledger)
     inventory: Inventory | None = None
     gone_at: float = 0.0
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Proven:
-    """An artifact that is (or was a moment ago) on disk and proven."""
+    """An artifact that is (or was a moment ago) on disk and proven; by which names it is known, and how fast
+    it came (0: not measured)."""
 
     artifact: Artifact
     step: DiskStep = DiskStep.VERIFIED
+    refs: tuple[Ref, ...] = ()
+    keys: tuple[RevisionKey, ...] = ()
+    rate_bytes_per_s: float = 0.0
 
 
 class State:
     """Everything that is decided upon. Made empty; filled by events."""
 
-    def __init__(self, fetch_slots: int, resolve_slots: int = 2, load_slots: int = 1) -> None:
+    def __init__(
+        self, fetch_slots: int, resolve_slots: int = 2, load_slots: int = 1, rules: Rules | None = None
+    ) -> None:
+        self.rules = rules or Rules()
         self.fetch_slots = fetch_slots
         self.resolve_slots = resolve_slots
         self.load_slots = load_slots
@@ -115,10 +128,16 @@ class State:
         self.places: dict[Device, Place] = {DISK: Place(0)}
         self.residencies: dict[Spot, Residency] = {}
         self.corrupt: dict[Digest, str] = {}
+        self.asides: dict[str, Aside] = {}
+        self.purging: set[str] = set()
         self.withdrawn: dict[Ref, Problem] = {}
         self.evict_asked: dict[ArtifactId, None] = {}
         # Indexes, kept by the methods below.
         self.claimed: dict[ArtifactId, dict[ClaimId, None]] = {}
+        self.idle = Idle()
+        self.held: dict[ArtifactId, int] = {}
+        self.held_bytes = 0
+        self.leaving: dict[ArtifactId, None] = {}
         self.unresolved: Queue[Ref] = Queue()
         self.unfetched: Queue[RevisionKey] = Queue()
         self.unloaded: Queue[Spot] = Queue()
@@ -146,6 +165,7 @@ class State:
             self.unfetched.add(claim.revision, claim)
         else:
             self.claimed.setdefault(claim.artifact, {})[claim.id] = None
+            self._file_artifact(claim.artifact)
             self.evict_asked.pop(claim.artifact, None)
             self._file_on_device(claim, claim.artifact)
 
@@ -175,6 +195,7 @@ class State:
         del holders[claim.id]
         if not holders:
             del self.claimed[artifact]
+            self._file_artifact(artifact)
 
     def refile(self, claim_id: ClaimId, **changes: object) -> None:
         claim = self.claims[claim_id]
@@ -212,17 +233,69 @@ class State:
         self.idle_transfers.pop(key, None)
         return self.transfers.pop(key)
 
-    def forget_artifact(self, artifact: ArtifactId) -> list[Ref]:
+    def put_artifact(self, proven: Proven) -> None:
+        """Replace an artifact's record; keeps the indexes of what may leave and what does."""
+        artifact = proven.artifact.id
+        self.artifacts[artifact] = proven
+        self._file_artifact(artifact)
+
+    def drop_artifact(self, artifact: ArtifactId) -> Proven | None:
+        proven = self.artifacts.pop(artifact, None)
+        self._file_artifact(artifact)
+        return proven
+
+    def _file_artifact(self, artifact: ArtifactId) -> None:
+        """Under what it is: held by a claim, idle, leaving, or gone."""
+        proven = self.artifacts.get(artifact)
+        verified = proven is not None and proven.step is DiskStep.VERIFIED
+        self.held_bytes -= self.held.pop(artifact, 0)
+        self.leaving.pop(artifact, None)
+        if proven is None or artifact in self.claimed or not verified:
+            self.idle.remove(artifact)
+        else:
+            self.idle.put(proven.artifact, proven.rate_bytes_per_s)
+        if proven is not None and verified and artifact in self.claimed:
+            self.held[artifact] = proven.artifact.size_bytes
+            self.held_bytes += self.held[artifact]
+        if proven is not None and not verified:
+            self.leaving[artifact] = None
+
+    def put_note(self, note: Note) -> None:
+        """Note a resolution to an artifact that is here, in the place of what the ref meant before."""
+        before = self.notes.get(note.ref)
+        if before is not None and before.artifact != note.artifact:
+            other = self.artifacts[before.artifact]
+            refs = tuple(ref for ref in other.refs if ref != note.ref)
+            self.artifacts[before.artifact] = replace(other, refs=refs)
+        self.notes[note.ref] = note
+        self.proven[note.revision] = note.artifact
+        proven = self.artifacts[note.artifact]
+        self.put_artifact(
+            replace(
+                proven,
+                refs=tuple(dict.fromkeys((*proven.refs, note.ref))),
+                keys=tuple(dict.fromkeys((*proven.keys, note.revision))),
+                rate_bytes_per_s=note.rate_bytes_per_s or proven.rate_bytes_per_s,
+            )
+        )
+
+    def forget_artifact(self, artifact: ArtifactId) -> tuple[Ref, ...]:
         """Forget every resolution that led to it; returns the refs that did."""
-        refs = [ref for ref, note in self.notes.items() if note.artifact == artifact]
-        for ref in refs:
+        proven = self.artifacts[artifact]
+        for ref in proven.refs:
             del self.notes[ref]
-        for key in [key for key, proven in self.proven.items() if proven == artifact]:
+        for key in proven.keys:
             del self.proven[key]
-        return refs
+        self.artifacts[artifact] = replace(proven, refs=(), keys=())
+        return proven.refs
 
 
 def transfer_items(transfer: Transfer) -> list[Item]:
     """The contents that a transfer brings to disk."""
     revision = transfer.revision
     return [(revision.content_key(i), f.size_bytes) for i, f in enumerate(revision.files)]
+
+
+def aside_item(aside: Aside) -> Item:
+    """A quarantined content, which counts beside the sound one of the same name."""
+    return f"quarantine/{aside.name}", aside.size_bytes

@@ -6,11 +6,13 @@ Owns these types and nothing else; frozen, so that a plan can be compared, logge
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from cached.model import (
     Artifact,
     ArtifactId,
+    Aside,
     Claim,
     ClaimId,
     Device,
@@ -26,6 +28,20 @@ from cached.model import (
 )
 
 # --- records --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """When what nobody claims leaves the disk without being asked to.
+
+    Above ``high_watermark`` (a share of the capacity) until ``low_watermark`` is reached; quarantined
+    contents and the leftovers of transfers after a while.
+    """
+
+    high_watermark: float = 0.95
+    low_watermark: float = 0.85
+    quarantine_keep_s: float = 7 * 86400.0
+    leftovers_keep_s: float = 86400.0
 
 
 class Step(enum.Enum):
@@ -51,8 +67,9 @@ class Resolution:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A revision on its way to disk, or its leftovers there; ``reserved`` while its bytes are counted.
-    ``background`` is what a running one was last told: that nobody waits for it."""
+    """A revision on its way to disk, or its leftovers there; ``reserved`` while its bytes are counted,
+    ``ran_at`` when it last brought something. ``background`` is what a running one was last told: that
+    nobody waits for it."""
 
     revision: Revision
     step: Step
@@ -61,6 +78,7 @@ class Transfer:
     retry_at: float = 0.0
     problem: Problem | None = None
     background: bool = False
+    ran_at: float = 0.0
 
 
 class ResidentStep(enum.Enum):
@@ -97,12 +115,14 @@ class DiskStep(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What a start found on disk."""
+    """What a start found on disk. ``ran_at`` says when a leftover last grew; now, where it does not."""
 
     artifacts: tuple[Artifact, ...]
     notes: tuple[Note, ...]
     claims: tuple[Claim, ...]
     leftovers: tuple[Revision, ...]
+    asides: tuple[Aside, ...] = ()
+    ran_at: Mapping[RevisionKey, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +220,17 @@ class Corrupt:
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """``leftovers``: the contents that were not corrupt, kept for fetching the rest anew."""
+    """``leftovers``: the contents that were not corrupt, kept for fetching the rest anew; ``aside``: the one
+    that was, None where there was nothing left of it."""
 
     artifacts: tuple[ArtifactId, ...]
     leftovers: tuple[Revision, ...]
+    aside: Aside | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Purged:
+    aside: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +319,14 @@ class Quarantine:
 
 
 @dataclass(frozen=True, slots=True)
+class Purge:
+    """Remove a content from quarantine; the record of why it went there stays."""
+
+    aside: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     device: Device
     artifact: ArtifactId
@@ -356,6 +391,7 @@ Action = (
     | Discard
     | Evict
     | Quarantine
+    | Purge
     | Load
     | Release
     | CannotFetch
@@ -392,6 +428,7 @@ Event = (
     | EvictAsked
     | Corrupt
     | Quarantined
+    | Purged
     | StandbySeen
     | StandbyGone
     | Loaded

@@ -18,6 +18,7 @@ from cached.model import (
     CHUNK_BYTES,
     Artifact,
     ArtifactId,
+    Aside,
     Blob,
     Claim,
     ClaimId,
@@ -60,18 +61,21 @@ class Head:
 @dataclass(frozen=True, slots=True)
 class Ingest:
     """What a transfer left: ``have_bytes`` counts partial blobs (with the space reserved for them)
-    and those committed blobs that no artifact has."""
+    and those committed blobs that no artifact has; ``ran_at`` is when it last wrote something."""
 
     revision: Revision
     have_bytes: int
+    ran_at: float
 
 
 @dataclass(frozen=True, slots=True)
 class IngestPlan:
-    """Where a transfer's partial blobs go; ``have[i]`` is file ``i`` where it is committed already."""
+    """Where a transfer's partial blobs go; ``have[i]`` is file ``i`` where it is committed already.
+    ``asides``: what was found damaged on the way, and is quarantined."""
 
     directory: Path
     have: tuple[Blob | None, ...]
+    asides: tuple[Aside, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +89,18 @@ class TakenDown:
 
 @dataclass(frozen=True, slots=True)
 class Withdrawn:
-    """What a quarantine took down, and the transfers that keep the contents which were not damaged."""
+    """What a quarantine took down, the transfers that keep the contents which were not damaged, and the one
+    that was (None where nothing was left of it)."""
 
     artifacts: tuple[ArtifactId, ...]
     leftovers: tuple[Revision, ...]
+    aside: Aside | None
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What a start found. ``heads`` and ``artifacts`` run in parallel; ``problems`` are for the operator."""
+    """What a start found. ``heads`` and ``artifacts`` run in parallel; ``problems`` are for the operator;
+    ``blobs`` are all contents that stay, with their bytes."""
 
     artifacts: tuple[Artifact, ...]
     heads: tuple[Head, ...]
@@ -102,6 +109,18 @@ class Scan:
     ingests: tuple[Ingest, ...]
     quarantined: tuple[TakenDown, ...]
     problems: tuple[str, ...]
+    blobs: tuple[tuple[Digest, int], ...] = ()
+    asides: tuple[Aside, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What the file system has, and what of it is ours: blobs, transfers with the space that they have
+    taken by now, quarantine."""
+
+    own_bytes: int
+    total_bytes: int
+    free_bytes: int
 
 
 # --- records on disk ------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from cached.durable import is_temporary_name, remove_tree
 from cached.model import (
     Artifact,
     ArtifactId,
+    Aside,
     CachedError,
     Claim,
     Digest,
@@ -29,7 +30,7 @@ from cached.model import (
 )
 from cached.store.hub import HubView, Sighting, noted, origin_of
 from cached.store.layout import NEW_TREE, PENDING, Head, Ingest, Intent, Scan, TakenDown, decode, encode
-from cached.store.shelf import Shelf, check_paths
+from cached.store.shelf import Shelf, check_paths, set_aside_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ class _Scan:
         self._mend_hub()
         ingests = tuple(self._ingests())
         self._remove_unneeded()
-        claims = tuple(self._claims())
+        claims, asides = tuple(self._claims()), tuple(self._asides())
         found = [self._found[key] for key in sorted(self._found)]
         return Scan(
             artifacts=tuple(_artifact(f) for f in found),
@@ -101,6 +102,8 @@ class _Scan:
             ingests=ingests,
             quarantined=tuple(self._quarantined),
             problems=tuple(self._problems),
+            asides=asides,
+            blobs=tuple((digest, size) for digest, size in self._sizes.items() if digest in self._kept),
         )
 
     def _settle(self) -> None:
@@ -248,6 +251,9 @@ class _Scan:
     def _ingests(self) -> Iterator[Ingest]:
         owned = {file.blob.sha256 for found in self._found.values() for file in found.manifest.files}
         for name in self._fs.list_dir(self._at.ingest):
+            if is_temporary_name(name):
+                remove_tree(self._fs, self._at.ingest / name)
+                continue
             if not is_digest(name):
                 self._problems.append(f"{self._at.ingest / name} is not ours; it was left alone")
                 continue
@@ -255,8 +261,8 @@ class _Scan:
             if revision is not None:
                 blobs = self._blobs_of(revision)
                 self._kept |= blobs
-                part_bytes = self._part_bytes(revision.key)
-                yield Ingest(revision, part_bytes + sum(self._sizes[digest] for digest in blobs - owned))
+                have_bytes = self._part_bytes(revision.key) + sum(self._sizes[d] for d in blobs - owned)
+                yield Ingest(revision, have_bytes, self._ran_at(revision.key))
         self._kept |= owned
 
     def _revision(self, key: RevisionKey) -> Revision | None:
@@ -281,6 +287,24 @@ class _Scan:
     def _part_bytes(self, key: RevisionKey) -> int:
         files = self._fs.files_under(self._at.transfer(key))
         return sum(size_bytes for name, size_bytes in files.items() if name.endswith(".part"))
+
+    def _ran_at(self, key: RevisionKey) -> float:
+        """When the transfer last wrote something; clears scratch files on the way."""
+        directory, at = self._at.transfer(key), 0.0
+        for name in self._fs.list_dir(directory):
+            if is_temporary_name(name):
+                remove_tree(self._fs, directory / name)
+            elif self._fs.size_bytes(directory / name) is not None:
+                at = max(at, self._fs.modified_at(directory / name))
+        return at
+
+    def _asides(self) -> Iterator[Aside]:
+        """Last, when nothing more is set aside by this start."""
+        for name in self._fs.list_dir(self._at.quarantine):
+            if not self._fs.is_dir(self._at.quarantine / name) or set_aside_at(name) is None:
+                self._problems.append(f"{self._at.quarantine / name} is not ours; it was left alone")
+            elif (aside := self._shelf.aside(name)) is not None:
+                yield aside
 
     def _remove_unneeded(self) -> None:
         for digest in self._sizes.keys() - self._kept:

@@ -22,6 +22,7 @@ from cached.durable import FILE_MODE, RETRY_BUSY_S, Fs, remove_tree, replace_fil
 from cached.model import (
     CHUNK_BYTES,
     ArtifactId,
+    Aside,
     Blob,
     CachedError,
     Digest,
@@ -47,7 +48,10 @@ from cached.store.layout import (
 
 PRIVATE_MODE = 0o700
 TREE_MODE = 0o555
+RECORD = "reason.json"
 PIECE_BYTES = 1024 * 1024
+MOST_RECORDS = 1000
+"""Records of quarantined contents that are gone."""
 MOST_ALIKE = 10_000
 """Quarantined records of one name; a disk that damages one content more often than this is no disk."""
 
@@ -163,7 +167,7 @@ class Shelf:
 
     # --- aside ------------------------------------------------------------------------------
 
-    def quarantine(self, intent: Intent) -> tuple[Revision, ...]:
+    def quarantine(self, intent: Intent) -> tuple[tuple[Revision, ...], Aside | None]:
         """Take artifacts down and put their damaged blob away, with the reason beside it.
 
         The intent is durable before anything else happens: else a crash midway would leave a damaged
@@ -171,13 +175,14 @@ class Shelf:
         """
         pending = self._free_name(intent.digest, intent.at)
         self.fs.make_dir(pending, PRIVATE_MODE)
-        replace_file(self.fs, pending / "reason.json", encode(intent))
+        replace_file(self.fs, pending / RECORD, encode(intent))
         self.fs.sync_dir(self.at.quarantine)
-        return self._finish(pending, intent)
+        leftovers = self._finish(pending, intent)
+        return leftovers, self.aside(pending.name.removeprefix(PENDING))
 
     def finish_quarantine(self, pending: Path) -> Intent | None:
         """Go on where a crash stopped a quarantine; None where it stopped before it meant anything."""
-        path = pending / "reason.json"
+        path = pending / RECORD
         intent = decode(self.fs.read_file(path), Intent) if self.fs.size_bytes(path) else None
         if intent is None:
             remove_tree(self.fs, pending)
@@ -197,9 +202,30 @@ class Shelf:
         pending = self._free_name(label, now)
         place = pending.with_name(pending.name.removeprefix(PENDING))
         self.fs.make_dir(place, PRIVATE_MODE)
-        replace_file(self.fs, place / "reason.json", encode(SetAside(path.name, reason, now)))
+        replace_file(self.fs, place / RECORD, encode(SetAside(path.name, reason, now)))
         self.fs.sync_dir(self.at.quarantine)
         self._move_durably(path, place / path.name)
+
+    def aside(self, name: str) -> Aside | None:
+        """What lies in quarantine under this name; None where only the record of it is left."""
+        files = self.fs.files_under(self.at.quarantine / name)
+        sizes = [size_bytes for path, size_bytes in files.items() if path != RECORD]
+        return Aside(name, sum(max(0, size) for size in sizes), set_aside_at(name) or 0.0) if sizes else None
+
+    def purge(self, name: str) -> None:
+        """Remove what lies in quarantine under this name, but not the record. Not durable: what a power cut
+        brings back is found by the next start."""
+        place = self.at.quarantine / name
+        for inside in self.fs.list_dir(place) if self.fs.is_dir(place) else ():
+            if inside != RECORD:
+                remove_tree(self.fs, place / inside)
+
+    def trim_records(self, keep: Collection[str]) -> None:
+        """Bound the records of what is gone; ``keep`` are the names that still hold something."""
+        names = [name for name in self.fs.list_dir(self.at.quarantine) if name not in keep]
+        dated = sorted((at, name) for name in names if (at := set_aside_at(name)) is not None)
+        for _, name in dated[: max(0, len(dated) - MOST_RECORDS)]:
+            remove_tree(self.fs, self.at.quarantine / name)
 
     def _move_durably(self, source: Path, target: Path) -> None:
         """Move a file between directories so that no crash leaves it without a name. Can be repeated."""
@@ -221,6 +247,12 @@ class Shelf:
             f"{self.at.quarantine} holds {MOST_ALIKE} records of {label}",
             "this disk damages what is written to it: look at it, then empty the directory",
         )
+
+
+def set_aside_at(name: str) -> float | None:
+    """When it was quarantined, as its name has it; None for what is not ours."""
+    label, _, second = name.rpartition(".")
+    return float(second) if label.strip(".") and second.isdecimal() else None
 
 
 def check_paths(paths: Collection[str]) -> None:

@@ -15,6 +15,7 @@ from cached.durable import Fs, remove_tree, replace_file
 from cached.model import (
     Artifact,
     ArtifactId,
+    Aside,
     Blob,
     CachedError,
     Claim,
@@ -32,7 +33,17 @@ from cached.model import (
     temporary,
 )
 from cached.store.hub import HubView, noted, origin_of
-from cached.store.layout import VERSION, IngestPlan, Intent, Layout, Scan, Withdrawn, decode, encode
+from cached.store.layout import (
+    VERSION,
+    IngestPlan,
+    Intent,
+    Layout,
+    Room,
+    Scan,
+    Withdrawn,
+    decode,
+    encode,
+)
 from cached.store.scan import scan
 from cached.store.shelf import PRIVATE_MODE, Shelf, check_paths
 
@@ -58,6 +69,9 @@ class Store:
         self._owners: dict[Digest, set[ArtifactId]] = {}
         self._notes: dict[Ref, Note] = {}
         self._hub = HubView(shelf)
+        self._sizes: dict[Digest, int] = {}
+        self._blob_bytes = 0
+        self._asides: dict[str, Aside] = {}
 
     # --- start and end ----------------------------------------------------------------------
 
@@ -92,7 +106,19 @@ class Store:
         for artifact, head in zip(found.artifacts, found.heads, strict=True):
             self._index(artifact.id, head.attested, (digest for digest, _ in artifact.blobs))
         self._notes = {note.ref: note for note in found.notes}
+        self._sizes, self._blob_bytes = {}, 0
+        for digest, size_bytes in found.blobs:
+            self._count(digest, size_bytes)
+        self._asides = {aside.name: aside for aside in found.asides}
+        self._shelf.trim_records(self._asides)
         return found
+
+    def _count(self, digest: Digest, size_bytes: int | None) -> None:
+        """A blob is there with this size, or (None) not any more."""
+        before_bytes = self._sizes.pop(digest, 0)
+        if size_bytes is not None:
+            self._sizes[digest] = size_bytes
+        self._blob_bytes += (size_bytes or 0) - before_bytes
 
     def _index(self, artifact: ArtifactId, attested: bool, blobs: Iterable[Digest]) -> None:
         entry = _Entry(attested, tuple(blobs))
@@ -126,8 +152,10 @@ class Store:
         if self._fs.size_bytes(record) != len(data) or self._fs.read_file(record) != data:
             self._shelf.put(record, data)
         manifests: dict[ArtifactId, dict[Digest, Blob]] = {}
-        have = (self._have(revision, index, manifests, now) for index in range(len(revision.files)))
-        return IngestPlan(directory, tuple(have))
+        before = set(self._asides)
+        have = tuple(self._have(revision, index, manifests, now) for index in range(len(revision.files)))
+        asides = tuple(aside for name, aside in self._asides.items() if name not in before)
+        return IngestPlan(directory, have, asides)
 
     def _have(
         self, revision: Revision, index: int, manifests: dict[ArtifactId, dict[Digest, Blob]], now: float
@@ -167,8 +195,15 @@ class Store:
         if blob.sha256 == digest:
             return blob
         reason = f"blob {digest} holds what has the sha256 {blob.sha256}"
-        self._shelf.quarantine(Intent(digest, reason, now, ()))
+        self._put_away(Intent(digest, reason, now, ()))
         return None
+
+    def _put_away(self, intent: Intent) -> tuple[tuple[Revision, ...], Aside | None]:
+        leftovers, aside = self._shelf.quarantine(intent)
+        self._count(intent.digest, None)
+        if aside is not None:
+            self._asides[aside.name] = aside
+        return leftovers, aside
 
     def commit_blob(self, key: RevisionKey, index: int, blob: Blob) -> None:
         """Durably file a finished part, which its worker has proven, synced and sealed."""
@@ -184,9 +219,13 @@ class Store:
         else:
             raise _damaged(target, there_bytes, blob)
         self._fs.sync_dir(target.parent)
+        self._count(blob.sha256, blob.size_bytes)
 
-    def commit_artifact(self, manifest: Manifest, revision: Revision, now: float) -> Artifact:
+    def commit_artifact(
+        self, manifest: Manifest, revision: Revision, now: float, rate_bytes_per_s: float = 0.0
+    ) -> Artifact:
         """The artifact, durably proven once this returns. Committing again what is committed is fine.
+        ``rate_bytes_per_s`` is noted: what it took from its origin, 0 for unknown.
 
         Raises CachedError: ``BLOB_MISSING`` (temporary) when a blob was dropped in between.
         """
@@ -211,7 +250,7 @@ class Store:
             self._index(manifest.id, manifest.attested, (blob.sha256 for blob in blobs))
             self._hub.learn(manifest.id, origin_of(manifest.ref, manifest.commit, manifest.id))
         self.touch(manifest.id, now)
-        self.put_note(note_of(revision, manifest.id, now))
+        self.put_note(note_of(revision, manifest.id, now, rate_bytes_per_s))
         remove_tree(self._fs, self._at.transfer(revision.key))
         return Artifact(manifest.id, tuple((b.sha256, b.size_bytes) for b in blobs), now)
 
@@ -249,6 +288,7 @@ class Store:
         for digest in digests:
             if digest not in self._owners:
                 self._fs.unlink(self._at.blob(digest), missing_ok=True)
+                self._count(digest, None)
 
     def quarantine(
         self, artifacts: tuple[ArtifactId, ...], digest: Digest, reason: str, now: float
@@ -260,10 +300,16 @@ class Store:
         down = tuple(sorted({*artifacts, *self._owners.get(digest, ())}))
         # First of all, and durably: the intent says nothing of where else the content is shown.
         self._hub.forget(down)
-        leftovers = self._shelf.quarantine(Intent(digest, reason, now, down))
+        leftovers, aside = self._put_away(Intent(digest, reason, now, down))
         for artifact in down:
             self._forget(artifact)
-        return Withdrawn(down, leftovers)
+        return Withdrawn(down, leftovers, aside)
+
+    def purge(self, name: str) -> None:
+        """Remove a content from quarantine. The record of why stays, while it is among the newest."""
+        self._shelf.purge(name)
+        self._asides.pop(name, None)
+        self._shelf.trim_records(self._asides)
 
     def manifest(self, artifact: ArtifactId) -> Manifest:
         """Raises CachedError: NOT_FOUND, or DATA_LOSS when it cannot be read."""
@@ -321,9 +367,15 @@ class Store:
         self._hub.learn(note.ref, noted(note))
         self._hub.show(note.ref)
 
-    def disk_free(self) -> tuple[int, int]:
-        """(total, free) bytes of the file system."""
-        return self._fs.disk_bytes(self._at.root)
+    # --- room -------------------------------------------------------------------------------
+
+    def room(self) -> Room:
+        """How full the file system is, and with how much of ours."""
+        # Ours first: what a transfer takes in between is then missing from both, which errs on the safe side.
+        beside = (self._fs.allocated_bytes(place) for place in (self._at.ingest, self._at.quarantine))
+        own_bytes = self._blob_bytes + sum(beside)
+        total_bytes, free_bytes = self._fs.disk_bytes(self._at.root)
+        return Room(own_bytes, total_bytes, free_bytes)
 
 
 def _check_version(fs: Fs, at: Layout) -> None:
