@@ -26,6 +26,7 @@ from cached.model import MAX_REF_CHARS, CachedError, ErrorKind, permanent
 
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_BYTES = 2**60
+SLOWEST_SCRUB = 64 * 1024
 
 _Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_BYTES)]
 # Below this a chunk takes minutes, and every range would run into its timeout.
@@ -43,7 +44,8 @@ class StoreSettings:
     ``capacity_bytes``: the most that models may take (None: no bound of their own). Whatever it says, and
     whoever fills the file system, ``keep_free`` of it (a share) and ``keep_free_bytes`` stay free. Above
     ``high_watermark`` (a share of what may be taken) unclaimed models leave until ``low_watermark``. Contents
-    in quarantine and the leftovers of transfers that nobody wants are removed after their ``_keep_s``.
+    in quarantine and the leftovers of transfers that nobody wants are removed after their ``_keep_s``. All of
+    it is read again every ``scrub_every_s``, at no more than ``scrub_bytes_per_s`` (0: never).
     """
 
     capacity_bytes: _Size | None = None
@@ -51,6 +53,8 @@ class StoreSettings:
     keep_free_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_BYTES)] = 0
     high_watermark: _Share = 0.95
     low_watermark: _Share = 0.85
+    scrub_bytes_per_s: Annotated[int, msgspec.Meta(ge=0, le=MAX_BYTES)] = 20 * 10**6
+    scrub_every_s: Annotated[float, msgspec.Meta(ge=1, le=10 * 365 * 86400)] = 7 * 86400.0
     quarantine_keep_s: _Seconds = 7 * 86400.0
     leftovers_keep_s: _Seconds = 86400.0
 
@@ -206,6 +210,9 @@ def _load_file(path: Path) -> Settings:
 
 
 def _check_store(path: Path, store: StoreSettings) -> None:
+    if 0 < store.scrub_bytes_per_s < SLOWEST_SCRUB:
+        what = f"store.scrub_bytes_per_s: {store.scrub_bytes_per_s} is less than {SLOWEST_SCRUB}"
+        raise _bad(path, what, "write 0 to read nothing again")
     if store.low_watermark >= store.high_watermark:
         what = (
             f"store.low_watermark: {store.low_watermark} is not below high_watermark, {store.high_watermark}"

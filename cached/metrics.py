@@ -60,6 +60,14 @@ class Metrics:
         self._evicted_bytes = self._counter("cached_evicted_bytes", "Bytes freed on disk by evictions")
         self._quarantine = self._gauge("cached_quarantine_bytes", "Bytes of corrupt contents that are kept")
         self._quarantines = self._counter("cached_quarantines", "Blobs set aside because they were corrupt")
+        self._scrubbed = self._counter("cached_scrubbed_bytes", "Bytes on disk read again and proven")
+        self._scrub_mismatches = self._counter(
+            "cached_scrub_mismatches", "Corrupt contents the scrubber found"
+        )
+        self._scrub_round = self._gauge(
+            "cached_scrub_last_round_timestamp_seconds",
+            "When all of the disk had last been read again; 0: never",
+        )
         for outcome in OUTCOMES:
             self._transfers.labels(outcome)
 
@@ -123,6 +131,15 @@ class Metrics:
 
     def quarantined(self) -> None:
         self._quarantines.inc()
+
+    def scrubbed(self, size_bytes: int) -> None:
+        self._scrubbed.inc(size_bytes)
+
+    def scrub_mismatch(self) -> None:
+        self._scrub_mismatches.inc()
+
+    def set_scrub_round(self, at_unix_s: float) -> None:
+        self._scrub_round.set(at_unix_s)
 
     def problem(self, reason: str) -> None:
         """An error was reported; ``reason`` is the stable word of its Problem."""

@@ -143,6 +143,7 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(
         ("[transfer]\ntimeout_s = nan", "transfer.timeout_s: expected `float`"),
         ("[transfer]\ntimeout_s = inf", "transfer.timeout_s: expected `float` <= 600"),
         ('[transfer]\nrate_bytes_per_s = "1 kB/s"', "transfer.rate_bytes_per_s: expected `int` >= 65536"),
+        ('[store]\nscrub_bytes_per_s = "1 kB/s"', "store.scrub_bytes_per_s: 1000 is less than 65536"),
         ("[store]\nkeep_free = 1.5", "store.keep_free: expected `float` <= 0.95"),
         ("[store]\nhigh_watermark = 0.8", "low_watermark: 0.85 is not below high_watermark, 0.8"),
         ("[store]\ncapacity_bytes = 0", "store.capacity_bytes: expected `int` >= 1"),

@@ -678,6 +678,18 @@ async def test_verify_reports_what_says_nothing_about_content_as_an_error(room: 
         await room.pool.verify(((str(tmp_path / "loop"), Digest("ab" * 32), 1),), lambda _: None)
 
 
+async def test_a_proof_that_has_a_rate_keeps_to_it_and_nobody_waits_behind_it(
+    room: Room, blobs: list[tuple[str, Digest, int]]
+) -> None:
+    big_bytes = blobs[0][2]
+    began = time.monotonic()
+    slow = asyncio.create_task(room.pool.verify(tuple(blobs[:1]), lambda _: None, big_bytes // 2))
+    assert await room.pool.verify(tuple(blobs[1:]), lambda _: None) == ()
+    assert not slow.done()
+    assert await slow == ()
+    assert time.monotonic() - began >= 1.9
+
+
 # --- pace -----------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cached.model import ArtifactId, Claim, ClaimId, Note, Ref, RevisionKey, hub_parts
-from cached.store import Scan, Store
+from cached.store import Scan, ScrubMark, Store
 from cached.store.layout import Intent, Layout, decode
 from tests.memfs import Chance, Doubles, Fate, Kill, Losses, MemFs, NamesOnly
 from tests.storekit import SmallModel, deliver, fetch, pin, sha256
@@ -30,6 +30,7 @@ BAD = b"WEIGHTS of b"
 PIN, OTHER_PIN = pin("pin-a", A.ref), pin("pin-b", B.ref)
 COPY_OF_A = Note(Ref("hf://copy/m"), RevisionKey("c" * 64), A.id, True, 110.0, commit="c" * 40)
 A_BECAME_B = Note(A.ref, RevisionKey("d" * 64), B.id, True, 120.0, commit=B.revision.commit)
+SCRUBBED = ScrubMark("ab" * 32, 1.0, 0.5)
 SEEDS = range(3)
 
 
@@ -149,6 +150,8 @@ class Story:
         self.evict(store, A)
         self.fetch(store, B)
         self.put_claim(store, PIN)
+        store.put_scrub_mark(SCRUBBED)
+        store.put_scrub_mark(SCRUBBED)
         self.purge_b(store)
         self.keep()
         store.close()
@@ -259,6 +262,7 @@ def check_work_goes_on(fs: MemFs, store: Store) -> None:
     for model in MODELS.values():
         if model is not B:  # B may hold damaged content that nobody has found yet
             fetch(store, fs, model, now=400.0)
+    assert store.scrub_mark() in (ScrubMark(), SCRUBBED), "a torn mark is taken for one"
     store.put_claim(PIN)
     store.close()
 

@@ -48,6 +48,7 @@ from cached.model import Blob, CachedError, Digest, Manifest, Ref, Revision, Rev
 
 RESOLVE_WORKERS = 2
 VERIFY_WORKERS = 1
+SCRUB_WORKERS = 1
 IDLE_S = 60.0
 KILL_WAIT_S = 10.0
 LAST_WORDS_S = 1.0
@@ -80,11 +81,16 @@ class FetchPool:
         self._caps = _caps_of(settings, sources)
         self._background_share = 1.0
         self._next_division: asyncio.TimerHandle | None = None
+        self._scrubbing = _Lane(SCRUB_WORKERS)
 
     @property
     def busy(self) -> int:
         """Jobs that have a worker right now."""
-        return sum(lane.busy for lane in (self._fetching, self._resolving, self._verifying))
+        return sum(lane.busy for lane in self._lanes)
+
+    @property
+    def _lanes(self) -> tuple[_Lane, ...]:
+        return self._fetching, self._resolving, self._verifying, self._scrubbing
 
     def worker_pids(self) -> tuple[int, ...]:
         """The processes there are, idle ones included."""
@@ -244,16 +250,24 @@ class FetchPool:
                 self._flying[flight].tell(order)
 
     async def verify(
-        self, files: tuple[tuple[str, Digest, int], ...], on_progress: Callable[[int], None]
+        self,
+        files: tuple[tuple[str, Digest, int], ...],
+        on_progress: Callable[[int], None],
+        rate_bytes_per_s: int | None = None,
     ) -> tuple[Mismatch, ...]:
-        """Read (path, sha256, size in bytes) again; those that are not so. Raises CachedError."""
+        """Read (path, sha256, size in bytes) again; those that are not so. Raises CachedError.
+
+        What has a rate has a worker of its own: nobody who waits for a proof waits behind it.
+        """
 
         async def on_reply(reply: Reply) -> None:
             if isinstance(reply, Advanced):
                 on_progress(reply.done_bytes)
 
-        async with self._borrow(self._verifying) as worker:
-            last = await worker.ask(Verify(files), f"verifying {len(files)} files", on_reply)
+        lane = self._verifying if rate_bytes_per_s is None else self._scrubbing
+        async with self._borrow(lane) as worker:
+            request = Verify(files, rate_bytes_per_s)
+            last = await worker.ask(request, f"verifying {len(files)} files", on_reply)
         match last:
             case Verified(mismatches=mismatches):
                 return mismatches
@@ -263,7 +277,7 @@ class FetchPool:
 
     async def close(self) -> None:
         """Kill what is left. Jobs that still run fail as if their workers had died."""
-        for lane in (self._fetching, self._resolving, self._verifying):
+        for lane in self._lanes:
             lane.forget_idle()
         await asyncio.gather(*(worker.kill() for worker in tuple(self._workers)))
 

@@ -1,7 +1,8 @@
 """Re-proving blobs on disk against their names.
 
 Owns the reading. Reads past the page cache where the file system lets it: what is in question is the
-disk, and what others have cached stays cached. Changes nothing; the store acts on what is found.
+disk, and what others have cached stays cached. (So a page that went bad in the cache alone is not found here;
+what stands in memory is proven by its chunk digests.) Changes nothing; the store acts on what is found.
 """
 
 from __future__ import annotations
@@ -25,16 +26,19 @@ _BAD_CONTENT = {errno.EIO, errno.EUCLEAN, errno.EBADMSG}
 
 
 def verify(
-    files: tuple[tuple[str, Digest, int], ...], advanced: Callable[[int], None]
+    files: tuple[tuple[str, Digest, int], ...],
+    advanced: Callable[[int], None],
+    paced: Callable[[int], None] = lambda _: None,
 ) -> tuple[Mismatch, ...]:
-    """Each (path, sha256, size in bytes) that is not so, and why. ``advanced`` hears the bytes read so far.
+    """Each (path, sha256, size in bytes) that is not so, and why. ``advanced`` hears the bytes read so far;
+    ``paced`` is called with the bytes of each read and may hold it up.
 
     Raises CachedError where a file cannot be read for a reason that says nothing about its content.
     """
     found: list[Mismatch] = []
     # Page-aligned, as reading past the cache needs.
     with mmap.mmap(-1, BUFFER_BYTES) as buffer, memoryview(buffer) as view:
-        reading = _Reading(view, advanced)
+        reading = _Reading(view, advanced, paced)
         for path, digest, size_bytes in files:
             reason = _wrong_about(reading, Path(path), digest, size_bytes)
             if reason is not None:
@@ -46,9 +50,12 @@ def verify(
 class _Reading:
     """The reused buffer, and how much went through it."""
 
-    def __init__(self, view: memoryview, advanced: Callable[[int], None]) -> None:
+    def __init__(
+        self, view: memoryview, advanced: Callable[[int], None], paced: Callable[[int], None]
+    ) -> None:
         self._view = view
         self._advanced = advanced
+        self._paced = paced
         self._done_bytes = 0
         self._reported_bytes = 0
 
@@ -59,6 +66,7 @@ class _Reading:
             digest.update(self._view[:count])
             position += count
             self._done_bytes += count
+            self._paced(count)
             if self._done_bytes - self._reported_bytes >= REPORT_BYTES:
                 self.report()
         return digest.hexdigest()

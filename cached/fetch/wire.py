@@ -96,9 +96,10 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
 
 
 class Verify(msgspec.Struct, frozen=True, tag=True):
-    """``files``: path, expected sha256, expected size in bytes."""
+    """``files``: path, expected sha256, expected size in bytes. Read no faster than the rate, if any."""
 
     files: tuple[tuple[str, Digest, int], ...]
+    rate_bytes_per_s: int | None = None
 
 
 Request = Resolve | Fetch | Verify

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, Never, assert_never
 
@@ -20,7 +21,7 @@ from cached.config import TransferSettings
 from cached.durable import FsyncFailed
 from cached.fetch.gate import Gate
 from cached.fetch.kernel import die_with_parent, stand_back
-from cached.fetch.pace import patiently
+from cached.fetch.pace import RateLimit, patiently
 from cached.fetch.todo import Todo
 from cached.fetch.transfer import Transfer
 from cached.fetch.verify import verify
@@ -101,9 +102,9 @@ class Worker:
                 assert asked.gate is not None and asked.todo is not None
                 told = (self._sealed, self._advanced)
                 return Fetched(Transfer(job, source, settings, *told, asked.gate, asked.todo).run())
-            case Verify(files=files):
+            case Verify(files=files, rate_bytes_per_s=rate):
                 stand_back()
-                return Verified(verify(files, self._advanced))
+                return Verified(verify(files, self._advanced, _pace(rate)))
         assert_never(request)
 
     def _origins_for(self, settings: TransferSettings) -> Origins:
@@ -126,6 +127,12 @@ class Worker:
         with self._out_lock:
             self._out.write(line)
             self._out.flush()
+
+
+def _pace(rate_bytes_per_s: int | None) -> Callable[[int], None]:
+    """To be called with the bytes of each read: waits for as long as the rate asks for."""
+    limit = RateLimit(rate_bytes_per_s)
+    return lambda size_bytes: time.sleep(limit.book(size_bytes, time.monotonic()))
 
 
 def _fsync_problem(error: FsyncFailed) -> Problem:

@@ -44,6 +44,7 @@ from cached.node.disk import Disk
 from cached.node.effects import Effects, refresh_claim
 from cached.node.grants import Granted, Grants, check_ttl
 from cached.node.pressure import Pressure, own_group
+from cached.node.scrub import Gate, Scrubber, at_once
 from cached.node.standbys import Standbys
 from cached.node.views import ModelView, PlaceView, Views, waiting_for
 from cached.plan import State, evict_problem
@@ -71,7 +72,16 @@ class Proof:
 class Node:
     """One node's cache. Made by the composition root, within a running event loop."""
 
-    def __init__(self, settings: Settings, store: Store, pool: FetchPool, metrics: Metrics, fs: Fs) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        pool: FetchPool,
+        metrics: Metrics,
+        fs: Fs,
+        may_scrub: Gate = at_once,
+    ) -> None:
+        """``may_scrub`` is awaited before each piece of background reading, and holds it up."""
         self._settings = settings
         self._store = store
         self._pool = pool
@@ -82,6 +92,7 @@ class Node:
         self._effects.core = self._core
         self._capacity = Capacity(settings.store, store, self._disk, self._core, metrics)
         self._effects.capacity = self._capacity
+        self._scrubber = Scrubber(settings.store, store, self._disk, pool, self._core, metrics, may_scrub)
         run_dir = Path(settings.run_dir)
         self._leases = Leases(run_dir / "leases", fs)
         self._grants = Grants(self._core, self._effects, store, self._disk, self._leases)
@@ -117,6 +128,7 @@ class Node:
         self._core.spawn(self._standbys.run(), "standbys")
         self._core.spawn(self._grants.run(), "leases")
         self._core.spawn(self._capacity.run(), "capacity")
+        self._core.spawn(self._scrubber.run(), "scrubber")
         self._core.spawn(self._measure(), "metrics")
         self._core.spawn(self._heed_pressure(), "pressure")
 

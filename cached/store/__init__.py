@@ -8,7 +8,7 @@ threads at once. Nothing here answers before what it promises is durable.
 is the start, ``store`` is the room's face.
 """
 
-from cached.store.layout import Head, Ingest, IngestPlan, Room, Scan, TakenDown, Withdrawn
+from cached.store.layout import Head, Ingest, IngestPlan, Room, Scan, ScrubMark, TakenDown, Withdrawn
 from cached.store.store import Store
 
-__all__ = ["Head", "Ingest", "IngestPlan", "Room", "Scan", "Store", "TakenDown", "Withdrawn"]
+__all__ = ["Head", "Ingest", "IngestPlan", "Room", "Scan", "ScrubMark", "Store", "TakenDown", "Withdrawn"]

@@ -146,6 +146,16 @@ class SetAside:
 
 
 @dataclass(frozen=True, slots=True)
+class ScrubMark:
+    """How far the scrubber is. ``cursor`` is the last digest of this round that was read, empty between two
+    rounds; Unix seconds, 0 for never."""
+
+    cursor: str = ""
+    began_at: float = 0.0
+    finished_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Journal:
     """What a worker noted of one file. ``chunks`` is complete only for ``done``."""
 
@@ -206,6 +216,10 @@ class Layout:
     @property
     def lock(self) -> Path:
         return self.root / "lock"
+
+    @property
+    def scrub(self) -> Path:
+        return self.root / "scrub.json"
 
     @property
     def blobs(self) -> Path:

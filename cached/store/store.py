@@ -6,6 +6,7 @@ threads at once. Times are Unix seconds and arrive as arguments.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from cached.store.layout import (
     Layout,
     Room,
     Scan,
+    ScrubMark,
     Withdrawn,
     decode,
     encode,
@@ -50,6 +52,8 @@ from cached.store.shelf import PRIVATE_MODE, Shelf, check_paths
 # What may lie in a directory that is about to become a store: our lock, a fresh ext4's own directory.
 EMPTY_ENOUGH = frozenset({"lock", "lost+found", ".VERSION.tmp"})
 RETRY_FETCH_S = 1.0
+MOST_SCRUBBED = 64
+"""Contents in one piece of the scrubber's work, however small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,6 +370,36 @@ class Store:
         self._notes[note.ref] = note
         self._hub.learn(note.ref, noted(note))
         self._hub.show(note.ref)
+
+    # --- scrubbing --------------------------------------------------------------------------
+
+    def blobs_after(self, cursor: str, most_bytes: int) -> tuple[tuple[str, Digest, int], ...]:
+        """(path, sha256, size in bytes) of the next contents in the order of their digests: at least one, if
+        there is one, and no more than come to ``most_bytes``."""
+        later = heapq.nsmallest(MOST_SCRUBBED, (digest for digest in self._sizes if digest > cursor))
+        found: list[tuple[str, Digest, int]] = []
+        room_bytes = most_bytes
+        for digest in later:
+            room_bytes -= self._sizes[digest]
+            if found and room_bytes < 0:
+                break
+            found.append((str(self._at.blob(digest)), digest, self._sizes[digest]))
+        return tuple(found)
+
+    def has_blob(self, digest: Digest) -> bool:
+        """Whether this content is meant to be here."""
+        return digest in self._sizes
+
+    def scrub_mark(self) -> ScrubMark:
+        """How far the scrubber was; anew where nothing readable tells."""
+        path = self._at.scrub
+        return (
+            decode(self._fs.read_file(path), ScrubMark) if self._fs.size_bytes(path) else None
+        ) or ScrubMark()
+
+    def put_scrub_mark(self, mark: ScrubMark) -> None:
+        """Not durable: what a power cut takes back is read once more."""
+        self._shelf.put(self._at.scrub, encode(mark))
 
     # --- room -------------------------------------------------------------------------------
 
