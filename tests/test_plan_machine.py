@@ -175,7 +175,7 @@ class Node(RuleBasedStateMachine):
 
 TestNode = Node.TestCase
 TestNode.settings = settings(
-    max_examples=int(EXAMPLES or 500),
+    max_examples=int(EXAMPLES or 400),
     stateful_step_count=50,
     derandomize=EXAMPLES is None,
     database=None,

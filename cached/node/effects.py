@@ -340,7 +340,14 @@ class Effects:
         if claim is None:  # a prefetch: it ends with its proof
             await self.forget_claim(claim_id)
         elif claim.artifact is not None:
-            await self._disk.call(self._store.touch, claim.artifact, time.time())
+            await self.used(claim.artifact)
+
+    async def used(self, artifact: ArtifactId) -> None:
+        """Write down that it was in use until now. No promise: where that fails, it counts as colder."""
+        try:
+            await self._disk.call(self._store.touch, artifact, time.time())
+        except CachedError as error:
+            self._tell(error.problem, artifact=artifact)
 
     async def promise(self, claim: Claim) -> None:
         """Write a claim down; once this returns, it survives everything."""

@@ -71,9 +71,15 @@ class Grants:
         while True:
             for claim_id in self._leases.ended():
                 log.info("lease ended", lease=claim_id)
+                self._note_use(claim_id)
                 self._core.end(claim_id)
             self._drop_uncollected(time.monotonic())
             await asyncio.sleep(LEASES_EVERY_S)
+
+    def _note_use(self, claim_id: ClaimId) -> None:
+        claim = self._core.state.claims.get(claim_id)
+        if claim is not None and claim.artifact is not None:
+            self._core.spawn(self._effects.used(claim.artifact), f"use {claim.artifact}")
 
     def _drop_uncollected(self, now_s: float) -> None:
         for token, (claim_id, until_s) in list(self._tokens.items()):

@@ -85,9 +85,12 @@ def test_a_lease_is_never_evicted(small: NodeKit, refs: list[str]) -> None:
     holders = [small.holder(ref) for ref in refs[:2]]
     refused = small.ctl("prefetch", refs[2], "--wait", code=5)
     assert "claimed" in refused.stderr
+    manifest = small.data_dir / "artifacts" / f"{small.model(refs[0]).id.removeprefix('sha256:')}.json"
+    granted_at = manifest.stat().st_mtime
     holders[0].kill()
     holders[0].wait()
     eventually(lambda: not small.row(refs[0])["claims"])
+    eventually(lambda: manifest.stat().st_mtime > granted_at)  # it was in use until now
     small.ctl("prefetch", refs[2], "--wait")
 
 
