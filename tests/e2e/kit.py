@@ -192,7 +192,7 @@ class NodeKit:
             if not entry.name.isdigit():
                 continue
             with contextlib.suppress(OSError):
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
                 if words in command and self._is_ours(int(entry.name), command):
                     found.append(int(entry.name))
         return found
@@ -204,7 +204,7 @@ class NodeKit:
                 return True
             try:
                 pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-                command = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace")
             except (OSError, ValueError):
                 return False
         return False
