@@ -16,6 +16,7 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from typing import assert_never
 
 from rich.console import Console
 
-from benchmarks.demo.processes import DemoError, Places, supervise
+from benchmarks.demo.processes import DemoError, Places, remove_tree, supervise
 from benchmarks.peers import contestants, figures, node, stage
 from benchmarks.peers.clients import Job
 from benchmarks.peers.contestants import PROTOCOLS, Client, Command, Contestant, Ours
@@ -38,6 +39,7 @@ QUICK_BYTES = 64 * 2**20
 DEFAULT_BYTES = 2 * 2**30
 SPARE_BYTES = 2**30
 WIDTH = 120
+TARGET_PREFIX = "target-"
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -65,30 +67,39 @@ class Course:
     env: Mapping[str, str]
     console: Console
 
-    @property
-    def target(self) -> Path:
-        return self.places.work / "target"
-
-    def run(self, contestant: Contestant, number: int) -> Sample:
-        """One download by one of its ways, from the common state."""
-        node.clear(self.target)
-        stage.warm(self.stage, self.places.work)
+    def run(self, contestant: Contestant, number: int) -> tuple[Sample, Path]:
+        """One download by one of its ways, from the common state; and the folder that it filled."""
+        target = Path(tempfile.mkdtemp(prefix=TARGET_PREFIX, dir=self.places.work))
         name, way = contestant.ways[number]
-        plan = way(self.stage, self.target)
+        plan = way(self.stage, target)
         log = self.places.work / "client.log"
+        level = partial(self.level, target)
         match plan:
             case Command(argv):
-                sample = run_command(list(argv), self.env, self.target, log, TIMEOUT_S)
+                sample = run_command(list(argv), self.env, target, log, level, TIMEOUT_S)
             case Client(job):
-                sample = run_client(node.client_argv(job), self.env, self.target, log, TIMEOUT_S)
+                sample = run_client(node.client_argv(job), self.env, target, log, level, TIMEOUT_S)
             case Ours(job, tiny):
-                sample = node.run_ours(self.stage, self.places, self.env, job, tiny, TIMEOUT_S)
+                sample = node.run_ours(self.stage, self.places, self.env, job, tiny, level, TIMEOUT_S)
             case _:
                 assert_never(plan)
         shown = f"{contestant.id}{f' ({name})' if name else ''}"
         said = f"{sample.done_s:6.2f} s, on disk {sample.synced_s:6.2f} s, CPU {sample.cpu_s:6.2f} s"
         self.console.print(f"  {shown:<64} {said}  load {os.getloadavg()[0]:.1f}", soft_wrap=True)
-        return sample
+        return sample, target
+
+    def level(self, target: Path) -> None:
+        """The common state, made when a client is up and about to be told to go.
+
+        Others' files are gone, and only now: the memory that they lay in is free again, and on some machines
+        it costs more the longer ago that was. Nothing is on its way to the disk. What the origin has is in
+        its page cache.
+        """
+        for old in self.places.work.glob(TARGET_PREFIX + "*"):
+            if old != target:
+                remove_tree(old)
+        os.sync()
+        stage.warm(self.stage, self.places.work)
 
 
 def perform(options: Options, places: Places) -> int:
@@ -134,7 +145,7 @@ def run_rounds(course: Course, present: Sequence[Contestant], runs: int) -> dict
         # Not always after the same one, whose traces it would carry.
         shift = number % len(present)
         for one in [*present[shift:], *present[:shift]]:
-            samples[one.id].append(course.run(one, ways[one.id]))
+            samples[one.id].append(course.run(one, ways[one.id])[0])
     return {
         one.id: Result(
             one, one.ways[ways[one.id]][0], size_of(course.stage, samples[one.id]), tuple(samples[one.id])
@@ -147,9 +158,9 @@ def first_round(course: Course, contestant: Contestant) -> int:
     """The number of its fastest way. Raises DemoError where what came is not what the origin has."""
     tried: dict[str, Sample] = {}
     for number, (name, _) in enumerate(contestant.ways):
-        tried[name] = course.run(contestant, number)
+        tried[name], target = course.run(contestant, number)
         if contestant.fills:
-            check_content(course.stage, course.target, contestant)
+            check_content(course.stage, target, contestant)
     fastest = figures.quickest(tried)
     return [name for name, _ in contestant.ways].index(fastest)
 
@@ -178,10 +189,10 @@ def sha256(path: Path) -> str:
 
 def resume_aim(course: Course) -> Aim:
     course.console.print("· killing a fetch worker midway")
-    node.clear(course.target)
-    job = Job("ours", "", (), str(course.target))
+    target = Path(tempfile.mkdtemp(prefix=TARGET_PREFIX, dir=course.places.work))
+    course.level(target)
+    job = Job("ours", "", (), str(target))
     found = node.run_killed(course.stage, course.places, course.env, job, TIMEOUT_S)
-    node.clear(course.target)
     name = f"resume after kill -9 at {100 * found.before_bytes / course.stage.size_bytes:.0f} %: sent again"
     return Aim(name, found.again_bytes / 2**20, found.bound_bytes / 2**20, "MiB", at_most=True)
 
@@ -199,7 +210,8 @@ def conditions(made: Stage, options: Options) -> str:
 
 
 def check_room(work: Path, size_bytes: int) -> None:
-    needed = 2 * size_bytes + SPARE_BYTES
+    # The origin's files, what is downloaded, and what was downloaded before.
+    needed = 3 * size_bytes + SPARE_BYTES
     free = shutil.disk_usage(work).free
     if free < needed:
         raise DemoError(

@@ -283,7 +283,7 @@ class Sink:
 
     def space(self) -> memoryview:
         """Where the next bytes go."""
-        return self._view[self._fill :][: min(SLICE_BYTES, self.left_bytes)]
+        return self._view[self._fill :][: self.left_bytes]
 
     def filled(self, count: int) -> None:
         self._fill += count
@@ -339,13 +339,14 @@ class Asking:
     def __init__(self, job: Job) -> None:
         parts = urllib.parse.urlsplit(job.url)
         self._path = parts.path
+        # Without a timeout of their own: with one, Python asks the kernel twice for each read.
         if parts.scheme == "https":
             context = ssl.create_default_context(cafile=job.authority)
             self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                parts.netloc, timeout=TIMEOUT_S, context=context
+                parts.netloc, context=context
             )
         else:
-            self._connection = http.client.HTTPConnection(parts.netloc, timeout=TIMEOUT_S)
+            self._connection = http.client.HTTPConnection(parts.netloc)
 
     def __enter__(self) -> Asking:
         return self
@@ -377,7 +378,6 @@ class Asking:
         """The connection's descriptor, the answer's headers read and nothing of its body."""
         if self._connection.sock is None:
             self._connection.connect()
-            self._connection.sock.settimeout(None)  # with one, the descriptor would not wait in splice
         found: socket.socket = self._connection.sock
         host = f"{self._connection.host}:{self._connection.port}"
         lines = (

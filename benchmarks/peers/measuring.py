@@ -12,7 +12,7 @@ import os
 import select
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,8 +60,19 @@ class Watch:
         return sum(self.peaks.values()) / 1024
 
 
-def run_command(argv: list[str], env: Mapping[str, str], target: Path, log: Path, timeout_s: float) -> Sample:
-    """A program, from its start to its end, in the folder that it fills. Raises DemoError."""
+def run_command(
+    argv: list[str],
+    env: Mapping[str, str],
+    target: Path,
+    log: Path,
+    level: Callable[[], None],
+    timeout_s: float,
+) -> Sample:
+    """A program, from its start to its end, in the folder that it fills. Raises DemoError.
+
+    ``level`` is called last before the clock starts, here as for all others.
+    """
+    level()
     began = time.monotonic()
     process = launch(argv, env, target, log)
     watch = Watch((process.pid,))
@@ -87,6 +98,7 @@ def run_client(
     env: Mapping[str, str],
     target: Path,
     log: Path,
+    level: Callable[[], None],
     timeout_s: float,
     others: tuple[int, ...] = (),
     durable: bool = False,
@@ -100,6 +112,7 @@ def run_client(
     try:
         wait_for(process, "ready", log, timeout_s, None)
         watch = Watch((process.pid, *others))
+        level()
         watch.begin()
         began = time.monotonic()
         process.stdin.write(b"go\n")

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,15 +102,21 @@ def wait_until_serving(process: Process, path: Path) -> None:
 
 
 def run_ours(
-    stage: Stage, places: Places, env: Mapping[str, str], job: Job, tiny: str, timeout_s: float
+    stage: Stage,
+    places: Places,
+    env: Mapping[str, str],
+    job: Job,
+    tiny: str,
+    level: Callable[[], None],
+    timeout_s: float,
 ) -> Sample:
     """One download through a daemon that has nothing, or just the model ``tiny``, which it fetched before."""
     target, log = Path(job.target), places.work / "client.log"
     with daemon(stage, places, env, target) as process:
         if tiny:
-            run_client(client_argv(replace(job, ref=tiny)), env, target, log, timeout_s)
+            run_client(client_argv(replace(job, ref=tiny)), env, target, log, lambda: None, timeout_s)
         pids = (process.popen.pid,)
-        return run_client(client_argv(job), env, target, log, timeout_s, pids, durable=True)
+        return run_client(client_argv(job), env, target, log, level, timeout_s, pids, durable=True)
 
 
 def client_argv(job: Job) -> list[str]:
@@ -178,11 +183,3 @@ def worker_of(daemon_pid: int) -> int:
             if link.is_symlink() and os.readlink(link).endswith(".part"):
                 return pid
     raise DemoError("the download was over before it could be killed")
-
-
-def clear(target: Path) -> None:
-    """An empty folder, and nothing of anybody's still on its way to the disk."""
-    remove_tree(target)
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir()
-    os.sync()
