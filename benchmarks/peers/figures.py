@@ -123,13 +123,15 @@ def protocol_table(protocol: str, contestants: Sequence[Contestant], results: Re
     for contestant in contestants:
         if contestant.protocol == protocol:
             result = results.get(contestant.id)
-            cells = missing_row(contestant) if result is None else row_of(result, ours)
+            cells = ["-"] * 8 if result is None else row_of(result, ours)
             table.add_row(contestant.name, *cells)
     return table
 
 
-def missing_row(contestant: Contestant) -> list[str]:
-    return [*["-"] * 8, f"not here: {contestant.missing}", ""]
+def missing_text(protocol: str, contestants: Sequence[Contestant], failed: Mapping[str, str]) -> str:
+    """Who was not measured, and why; ``failed`` by the contestant's id."""
+    reasons = {one.name: one.missing or failed.get(one.id) for one in contestants if one.protocol == protocol}
+    return "\n".join(f"{name} was not measured: {reason}" for name, reason in reasons.items() if reason)
 
 
 def row_of(result: Result, ours: Result | None) -> list[str]:
@@ -143,7 +145,7 @@ def row_of(result: Result, ours: Result | None) -> list[str]:
         f"{result.cpu_s_per_gb:.2f}",
         f"{result.peak_mib:.0f}",
         result.contestant.proves,
-        "yes" if result.contestant.durable else "no",
+        result.contestant.durable,
     ]
 
 
