@@ -218,7 +218,7 @@ def resume_aim(course: Course) -> Aim:
     job = Job("ours", "", (), str(target))
     found = node.run_killed(course.stage, course.places, course.env, job, TIMEOUT_S)
     name = f"resume after kill -9 at {100 * found.before_bytes / course.stage.size_bytes:.0f} %: sent again"
-    return Aim(name, found.again_bytes / 2**20, found.bound_bytes / 2**20, "MiB", at_most=True)
+    return Aim(name, found.again_bytes / 2**20, node.RESUME_BYTES / 2**20, "MiB", at_most=True)
 
 
 def conditions(made: Stage, options: Options) -> str:

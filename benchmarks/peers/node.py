@@ -21,13 +21,15 @@ from benchmarks.demo.processes import DemoError, Places, Process, remove_tree, s
 from benchmarks.peers.clients import Job
 from benchmarks.peers.measuring import Sample, launch, run_client, trees, wait_for
 from benchmarks.peers.stage import BUCKET, MODEL, ORG, ROOT, Stage
+from cached.config import TransferSettings
+from cached.model import CHUNK_BYTES
 
 START_S = 30.0
 LOOK_S = 0.005
 KILLED_RATE_MBIT = 4000
 """Of the origin whose worker is killed: a download that takes long enough to be hit midway."""
-CHUNK_BYTES = 16 * 2**20
-CONNECTIONS = 4
+RESUME_BYTES = TransferSettings().connections * CHUNK_BYTES
+"""At most this is sent again after a death: one chunk for each connection."""
 
 
 def environment(stage: Stage, places: Places) -> dict[str, str]:
@@ -132,7 +134,6 @@ class Resumed:
 
     before_bytes: int
     again_bytes: int
-    bound_bytes: int = CONNECTIONS * CHUNK_BYTES
 
 
 def run_killed(stage: Stage, places: Places, env: Mapping[str, str], job: Job, timeout_s: float) -> Resumed:
