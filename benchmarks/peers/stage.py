@@ -127,7 +127,7 @@ def write_shard(path: Path, number: int, size_bytes: int) -> File:
 
 def shard_header(number: int, size_bytes: int) -> bytes:
     """A safetensors header: as many BF16 matrices as fit, none above ``TENSOR_BYTES``."""
-    tensors = {}
+    tensors: dict[str, dict[str, object]] = {}
     offset, stop = 0, size_bytes // 2 * 2
     while offset < stop:
         count = min(TENSOR_BYTES, stop - offset)
