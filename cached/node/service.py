@@ -44,7 +44,7 @@ from cached.node.disk import Disk
 from cached.node.effects import Effects, refresh_claim
 from cached.node.grants import Granted, Grants, check_ttl
 from cached.node.pressure import Pressure, own_group
-from cached.node.scrub import Gate, Scrubber, at_once
+from cached.node.scrub import Scrubber
 from cached.node.standbys import Standbys
 from cached.node.views import ModelView, PlaceView, Views, waiting_for
 from cached.plan import State, evict_problem
@@ -53,6 +53,8 @@ from cached.store import Scan, Store
 
 PROGRESS_EVERY_S = 0.25
 METRICS_EVERY_S = 1.0
+CALM_WAIT_S = 600.0
+"""The most that the scrubber waits before a piece, for a node that is under pressure."""
 PRESSURE_EVERY_S = 1.0
 EVICT_WAIT_S = 60.0
 
@@ -72,16 +74,7 @@ class Proof:
 class Node:
     """One node's cache. Made by the composition root, within a running event loop."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        store: Store,
-        pool: FetchPool,
-        metrics: Metrics,
-        fs: Fs,
-        may_scrub: Gate = at_once,
-    ) -> None:
-        """``may_scrub`` is awaited before each piece of background reading, and holds it up."""
+    def __init__(self, settings: Settings, store: Store, pool: FetchPool, metrics: Metrics, fs: Fs) -> None:
         self._settings = settings
         self._store = store
         self._pool = pool
@@ -92,7 +85,7 @@ class Node:
         self._effects.core = self._core
         self._capacity = Capacity(settings.store, store, self._disk, self._core, metrics)
         self._effects.capacity = self._capacity
-        self._scrubber = Scrubber(settings.store, store, self._disk, pool, self._core, metrics, may_scrub)
+        self._scrubber = Scrubber(settings.store, store, self._disk, pool, self._core, metrics, self._calm)
         run_dir = Path(settings.run_dir)
         self._leases = Leases(run_dir / "leases", fs)
         self._grants = Grants(self._core, self._effects, store, self._disk, self._leases)
@@ -186,6 +179,12 @@ class Node:
                 log.info("background work goes at another speed", share=share)
             self._metrics.set_background_share(share)
             self._pool.set_background_share(share)
+            await asyncio.sleep(PRESSURE_EVERY_S)
+
+    async def _calm(self) -> None:
+        """Until nothing presses, but not for ever: a node that is always busy is read again, too."""
+        until = time.monotonic() + CALM_WAIT_S
+        while self.pressure.background_share() < 1.0 and time.monotonic() < until:
             await asyncio.sleep(PRESSURE_EVERY_S)
 
     # --- acquire ----------------------------------------------------------------------------
