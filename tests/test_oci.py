@@ -37,7 +37,10 @@ from ocikit import (
 
 from cached.config import SourceSettings, TransferSettings
 from cached.fetch import FetchJob
+from cached.fetch.gate import Gate
+from cached.fetch.todo import Todo
 from cached.fetch.transfer import Transfer
+from cached.fetch.wire import Pace
 from cached.model import CachedError, ErrorKind, Manifest, Problem, Revision, parse_ref
 from cached.sources import Origins
 from cached.sources.oci import MAX_INDEX_ENTRIES, MAX_MANIFEST_BYTES
@@ -86,7 +89,8 @@ class Asker:
         job = FetchJob(revision, str(folder), (None,) * len(revision.files), False)
         source = self.origins.source_for(revision.ref, SourceSettings("oci://"))
         settings = TransferSettings(attempts=1)
-        return Transfer(job, source, settings, lambda index, blob: None, lambda done, got: None).run()
+        ignore = (lambda index, blob: None, lambda done, got: None)
+        return Transfer(job, source, settings, *ignore, Gate(Pace(None, 4, False)), Todo()).run()
 
 
 def problem_in(caught: pytest.ExceptionInfo[CachedError]) -> Problem:

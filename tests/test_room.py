@@ -56,7 +56,8 @@ async def test_the_planner_hears_of_what_matters_only(tmp_path: Path) -> None:
     fs = Neighbour()
     store = Store.open(tmp_path / "data", fs)
     store.scan(1.0)
-    core, disk = Core(State(fetch_slots=1), lambda action: None), Disk()
+    core = Core(State(fetch_slots=1), lambda action: None)
+    disk = Disk(core.fail)
     capacity = Capacity(StoreSettings(), store, disk, core, Metrics("1"))
 
     async def told(free_bytes: int) -> int:
@@ -78,7 +79,8 @@ async def test_it_is_measured_again_after_a_poke_and_never_fails_for_good(tmp_pa
     fs = Neighbour()
     store = Store.open(tmp_path / "data", fs)
     store.scan(1.0)
-    core, disk, metrics = Core(State(fetch_slots=1), lambda action: None), Disk(), Metrics("1")
+    core = Core(State(fetch_slots=1), lambda action: None)
+    disk, metrics = Disk(core.fail), Metrics("1")
     capacity = Capacity(StoreSettings(), store, disk, core, metrics, every_s=30.0, pause_s=0.01)
     running = asyncio.create_task(capacity.run())
     for free_bytes in (60 * GB, 40 * GB):

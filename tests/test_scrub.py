@@ -59,7 +59,7 @@ class Bench:
         self.core = Core(State(fetch_slots=1), self.started.append)
         self.core.post(t.CapacitySet(DISK, 10**6), t.Recovered(tuple(self.artifacts), (), (), ()))
         self.core.turn(2.0)
-        self.disk, self.reader, self.metrics = Disk(), Reader(), Metrics("1")
+        self.disk, self.reader, self.metrics = Disk(self.core.fail), Reader(), Metrics("1")
         self.scrubber = self.make(scrub.at_once)
 
     def make(self, may_run: scrub.Gate, every_s: float = 7 * 86400.0, rate: int = 20_000_000) -> Scrubber:

@@ -23,7 +23,10 @@ from s3kit import CREDENTIALS, S3RVER_CREDENTIALS, Store, environment, moto, rcl
 from benchmarks.origin import Origin
 from cached.config import SourceSettings, TransferSettings
 from cached.fetch import FetchJob
+from cached.fetch.gate import Gate
+from cached.fetch.todo import Todo
 from cached.fetch.transfer import Transfer
+from cached.fetch.wire import Pace
 from cached.model import CachedError, ErrorKind, FileSpec, Revision, parse_ref
 from cached.sources import Origins
 
@@ -229,7 +232,8 @@ def test_a_transfer_proves_every_file(
     job = FetchJob(revision, str(tmp_path), (None,) * len(revision.files), False)
     source = origins.source_for(revision.ref, kind.settings)
     settings = TransferSettings(attempts=1)
-    manifest = Transfer(job, source, settings, lambda index, blob: None, lambda done, got: None).run()
+    ignore = (lambda index, blob: None, lambda done, got: None)
+    manifest = Transfer(job, source, settings, *ignore, Gate(Pace(None, 4, False)), Todo()).run()
     assert manifest.attested is kind.attests
     assert {f.path: f.blob.sha256 for f in manifest.files} == {
         path: hashlib.sha256(data).hexdigest() for path, data in FILES.items()

@@ -7,6 +7,7 @@ the sha256. Knows no origin and no thread but its callers'.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import re
@@ -22,12 +23,12 @@ from cached.fetch import checksums
 from cached.fetch.kernel import Writeback
 from cached.model import CHUNK_BYTES, Blob, CachedError, Digest, ErrorKind, FileSpec, Tensor, permanent
 
-MOST_PIECE_BYTES = 1024 * 1024
+MOST_PIECE_BYTES = 4 * 1024 * 1024
 LEAST_PIECE_BYTES = 64 * 1024
 """What is read at once lies in between: much, as each piece costs some steps in Python, and little from a
 slow origin, as nothing is counted, paced or stopped within a piece."""
 FAST_PIECE_S, SLOW_PIECE_S = 0.03, 0.1
-WRITE_BYTES = 1024 * 1024
+WRITE_BYTES = 4 * 1024 * 1024
 """What is written at once."""
 
 _LINE = re.compile(r"(\d{1,9}) ([0-9a-f]{32})")
@@ -50,10 +51,72 @@ class Buffers:
         if not self._left:
             return None
         self._left -= 1
-        return memoryview(mmap.mmap(-1, CHUNK_BYTES))
+        fresh = mmap.mmap(-1, CHUNK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel may have none
+            fresh.madvise(mmap.MADV_HUGEPAGE)
+        return memoryview(fresh)
 
     def give(self, buffer: memoryview) -> None:
         self._free.append(buffer)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Where a proof was."""
+
+    sha256: checksums.Checksum
+    checksum: checksums.Checksum | None
+
+
+class Proof:
+    """The sha256 of a file, and what else its origin says of it, taken from its bytes in order."""
+
+    def __init__(self, spec: FileSpec) -> None:
+        self._spec = spec
+        self._sha256: checksums.Checksum = hashlib.sha256()
+        self._checksum = checksums.begin(spec)
+
+    def take(self, view: memoryview) -> None:
+        """The next bytes."""
+        self._sha256.update(view)
+        if self._checksum is not None:
+            self._checksum.update(view)
+
+    def mark(self) -> Mark:
+        return Mark(self._sha256.copy(), self._checksum.copy() if self._checksum is not None else None)
+
+    def return_to(self, mark: Mark) -> None:
+        """As if what came after the mark had not been taken."""
+        self._sha256, self._checksum = mark.sha256, mark.checksum
+
+    def finish(self) -> Digest:
+        """Raises CachedError (DATA_LOSS ``DIGEST_MISMATCH``) where it is not what the origin says."""
+        spec, found = self._spec, Digest(self._sha256.hexdigest())
+        if spec.sha256 is not None and found != spec.sha256:
+            raise permanent(
+                ErrorKind.DATA_LOSS,
+                "DIGEST_MISMATCH",
+                f"{spec.path} ({spec.size_bytes} bytes) has the sha256 {found}, "
+                f"and the origin says {spec.sha256}",
+                "the origin's file, or the digest that it publishes (its SHA256SUMS, say), is wrong or "
+                "unfinished: write both anew",
+            )
+        self._check_checksum()
+        return found
+
+    def _check_checksum(self) -> None:
+        spec = self._spec
+        if self._checksum is None:
+            return
+        found = f"{spec.checksum.partition(':')[0]}:{self._checksum.hexdigest()}"
+        if found != spec.checksum:
+            raise permanent(
+                ErrorKind.DATA_LOSS,
+                "DIGEST_MISMATCH",
+                f"{spec.path} ({spec.size_bytes} bytes) has the checksum {found}, "
+                f"and the origin says {spec.checksum}",
+                "the origin, or a proxy before it, gives out a wrong or unfinished file: mend or go round it",
+            )
 
 
 @dataclass(slots=True)
@@ -61,18 +124,23 @@ class Part:
     """``recorded[i]`` is chunk i's xxh3_128 once its bytes are in place, None until then.
 
     ``missing`` are the chunks that nobody has in hand, in order; ``in_hand`` counts those that somebody has.
-    ``held`` are chunks whose bytes are still in memory as well, for whoever proves them. ``sequential``
-    once the origin turned out to ignore ranges; ``streaming`` while one thread reads the whole file.
+    ``proven`` counts the chunks from the start that the proof has; ``proving`` while a thread gives it the
+    next one. ``held`` are chunks whose bytes are still in memory as well, for whoever proves them.
+    ``sequential`` once the origin turned out to ignore ranges; ``streaming`` while one thread reads the
+    whole file.
     """
 
     index: int
     spec: FileSpec
     partial: Partial
     writeback: Writeback
+    proof: Proof
     recorded: list[str | None]
     missing: list[int] = field(default_factory=list)
     held: dict[int, memoryview] = field(default_factory=dict)
     in_hand: int = 0
+    proven: int = 0
+    proving: bool = False
     sequential: bool = False
     streaming: bool = False
     piece_bytes: int = LEAST_PIECE_BYTES
@@ -82,7 +150,7 @@ class Part:
         """Start from what the journal claims to be in place."""
         recorded = _read_journal(partial.lines(), chunk_count(spec.size_bytes))
         missing = [chunk for chunk, digest in enumerate(recorded) if digest is None]
-        return cls(index, spec, partial, writeback, recorded, missing)
+        return cls(index, spec, partial, writeback, Proof(spec), recorded, missing)
 
     def bounds(self, chunk: int) -> tuple[int, int]:
         start = chunk * CHUNK_BYTES
@@ -95,6 +163,40 @@ class Part:
     @property
     def recorded_bytes(self) -> int:
         return sum(self.size_of(chunk) for chunk, digest in enumerate(self.recorded) if digest is not None)
+
+    @property
+    def is_proven(self) -> bool:
+        return self.proven == len(self.recorded)
+
+    @property
+    def may_prove(self) -> bool:
+        """Whether the next chunk is in place, and nobody is at it."""
+        return not self.is_proven and not self.proving and self.recorded[self.proven] is not None
+
+    def read_back(self, chunk: int) -> bool:
+        """Prove the next chunk by what the disk gives back. False, and as if nothing had been read, when that
+        is not what was recorded."""
+        before, digest = self.proof.mark(), xxhash.xxh3_128()
+        view = memoryview(bytearray(MOST_PIECE_BYTES))
+        position, stop = self.bounds(chunk)
+        while position < stop:
+            count = self.partial.read_into(view[: stop - position], position)
+            if count == 0:
+                break
+            digest.update(view[:count])
+            self.proof.take(view[:count])
+            position += count
+        if position == stop and digest.hexdigest() == self.recorded[chunk]:
+            return True
+        self.proof.return_to(before)
+        return False
+
+    def finish(self) -> Blob:
+        """The blob. Raises CachedError (DATA_LOSS ``DIGEST_MISMATCH``) where it is not the expected one."""
+        found = self.proof.finish()
+        chunks = tuple(digest for digest in self.recorded if digest is not None)
+        assert self.is_proven and len(chunks) == len(self.recorded)
+        return Blob(found, self.spec.size_bytes, chunks)
 
     def piece_took(self, seconds: float) -> None:
         """Have the next pieces take neither too long nor too many steps."""
@@ -116,41 +218,72 @@ class Part:
 
 
 class Filling:
-    """One chunk being filled in order, hashed and written on the way."""
+    """One chunk being filled in order, hashed and written on the way.
 
-    __slots__ = ("_hash", "_start", "_written", "buffer", "chunk", "part", "position", "stop")
+    One that ``proves`` is the chunk that the proof is to take next, and gives it the bytes on the way, while
+    they are in the core's cache: then only a window of the buffer is used, and nothing is left to hold.
+    """
 
-    def __init__(self, part: Part, chunk: int, buffer: memoryview) -> None:
+    __slots__ = (
+        "_before",
+        "_hash",
+        "_start",
+        "_window_bytes",
+        "_written",
+        "buffer",
+        "chunk",
+        "part",
+        "position",
+    )
+
+    def __init__(self, part: Part, chunk: int, buffer: memoryview, proves: bool = False) -> None:
         self.part = part
         self.chunk = chunk
         self.buffer = buffer
-        self._start, self.stop = part.bounds(chunk)
+        self._before = part.proof.mark() if proves else None
+        self._start, _ = part.bounds(chunk)
         self.position = self._written = self._start
+        self._window_bytes = WRITE_BYTES if proves else CHUNK_BYTES
         self._hash = xxhash.xxh3_128()
 
-    def space(self) -> memoryview:
-        """Where the next bytes go: at most a piece, and at most the chunk's rest."""
-        begin = self.position - self._start
-        return self.buffer[begin : min(begin + self.part.piece_bytes, self.stop - self._start)]
-
-    def add(self, count: int) -> None:
-        """``count`` bytes are in the space."""
-        begin = self.position - self._start
-        self._hash.update(self.buffer[begin : begin + count])
-        self.position += count
-        if self.position == self.stop or self.position - self._written >= WRITE_BYTES:
-            self._write()
-
-    def _write(self) -> None:
-        begin, end = self._written - self._start, self.position - self._start
-        if self.position < self.stop:
-            end -= end % WRITE_BYTES
-        self.part.partial.write_at(self.buffer[begin:end], self._written)
-        self._written = self._start + end
+    @property
+    def stop(self) -> int:
+        return self.part.bounds(self.chunk)[1]
 
     @property
     def filled_bytes(self) -> int:
         return self.position - self._start
+
+    @property
+    def proves(self) -> bool:
+        return self._before is not None
+
+    def give_up(self) -> None:
+        """Its bytes are not to count: the proof is as it was before them."""
+        if self._before is not None:
+            self.part.proof.return_to(self._before)
+
+    def space(self) -> memoryview:
+        """Where the next bytes go: at most a piece, and at most the chunk's rest."""
+        begin = self.filled_bytes % self._window_bytes
+        most = min(self.part.piece_bytes, self.stop - self.position, WRITE_BYTES - begin % WRITE_BYTES)
+        return self.buffer[begin : begin + most]
+
+    def add(self, count: int) -> None:
+        """``count`` bytes are in the space."""
+        begin = self.filled_bytes % self._window_bytes
+        piece = self.buffer[begin : begin + count]
+        self._hash.update(piece)
+        if self.proves:
+            self.part.proof.take(piece)
+        self.position += count
+        if self.position == self.stop or self.position - self._written == WRITE_BYTES:
+            self._write()
+
+    def _write(self) -> None:
+        begin = (self._written - self._start) % self._window_bytes
+        self.part.partial.write_at(self.buffer[begin : begin + self.position - self._written], self._written)
+        self._written = self.position
 
     @property
     def digest(self) -> str:
@@ -197,74 +330,6 @@ class Stream:
                 self.wanted.discard(filling.chunk)
                 self._filling = None
         return filling
-
-
-class Proof:
-    """The sha256 of a part, taken chunk after chunk: of fresh bytes while they are still in memory, of what
-    an earlier run left from what the disk gives back."""
-
-    def __init__(self, part: Part) -> None:
-        self._part = part
-        self._view = memoryview(bytearray(MOST_PIECE_BYTES))
-        self._sha256 = hashlib.sha256()
-        self._checksum = checksums.begin(part.spec)
-
-    def take(self, buffer: memoryview) -> None:
-        """The next chunk, as it stands in memory. Its xxh3_128 was taken of the same bytes."""
-        self._sha256.update(buffer)
-        if self._checksum is not None:
-            self._checksum.update(buffer)
-
-    def read(self, chunk: int) -> bool:
-        """Read the next chunk. False, and as if nothing had been read, when it is not what was recorded."""
-        before = self._sha256.copy()
-        checksum_before = self._checksum.copy() if self._checksum is not None else None
-        digest = xxhash.xxh3_128()
-        position, stop = self._part.bounds(chunk)
-        while position < stop:
-            count = self._part.partial.read_into(self._view[: stop - position], position)
-            if count == 0:
-                break
-            digest.update(self._view[:count])
-            self._sha256.update(self._view[:count])
-            if self._checksum is not None:
-                self._checksum.update(self._view[:count])
-            position += count
-        if position == stop and digest.hexdigest() == self._part.recorded[chunk]:
-            return True
-        self._sha256, self._checksum = before, checksum_before
-        return False
-
-    def finish(self) -> Blob:
-        """The blob. Raises CachedError (DATA_LOSS ``DIGEST_MISMATCH``) where it is not the expected one."""
-        part, found = self._part, Digest(self._sha256.hexdigest())
-        if part.spec.sha256 is not None and found != part.spec.sha256:
-            raise permanent(
-                ErrorKind.DATA_LOSS,
-                "DIGEST_MISMATCH",
-                f"{part.spec.path} ({part.spec.size_bytes} bytes) has the sha256 {found}, "
-                f"and the origin says {part.spec.sha256}",
-                "the origin's file, or the digest that it publishes (its SHA256SUMS, say), is wrong or "
-                "unfinished: write both anew",
-            )
-        self._check_checksum()
-        chunks = tuple(digest for digest in part.recorded if digest is not None)
-        assert len(chunks) == len(part.recorded)
-        return Blob(found, part.spec.size_bytes, chunks)
-
-    def _check_checksum(self) -> None:
-        spec = self._part.spec
-        if self._checksum is None:
-            return
-        found = f"{spec.checksum.partition(':')[0]}:{self._checksum.hexdigest()}"
-        if found != spec.checksum:
-            raise permanent(
-                ErrorKind.DATA_LOSS,
-                "DIGEST_MISMATCH",
-                f"{spec.path} ({spec.size_bytes} bytes) has the checksum {found}, "
-                f"and the origin says {spec.checksum}",
-                "the origin, or a proxy before it, gives out a wrong or unfinished file: mend or go round it",
-            )
 
 
 def chunk_count(size_bytes: int) -> int:

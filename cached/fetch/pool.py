@@ -238,7 +238,8 @@ class FetchPool:
             source_for(self._sources, flight.revision.ref).prefix,
             background,
             self._settings.connections,
-            None if pace is None else pace.rate_bytes_per_s,
+            # What a held one reads says nothing of what it could.
+            None if pace is None or pace.connections == 0 else pace.rate_bytes_per_s,
             None if usage is None else usage.most_bytes_per_s(asyncio.get_running_loop().time()),
             None if usage is None else usage.best_bytes_per_s(),
         )

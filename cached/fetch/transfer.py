@@ -16,6 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from cached.config import TransferSettings
 from cached.durable import FsyncFailed, Partial, world_error
@@ -26,7 +27,6 @@ from cached.fetch.part import (
     Buffers,
     Filling,
     Part,
-    Proof,
     Stream,
     chunk_count,
     discard,
@@ -62,6 +62,14 @@ class _StoppedError(Exception):
 
 class _ReplacedError(Exception):
     """Another thread, of the right priority, goes on with this one's work."""
+
+
+class _Task(NamedTuple):
+    """What a downloader has in hand."""
+
+    part: Part
+    reader: Reader
+    what: Filling | Stream
 
 
 class Transfer:
@@ -189,28 +197,38 @@ class Transfer:
     def _download(self) -> None:
         while True:
             self._check_priority()
-            part, reader, chunks, buffer = self._take()
-            if part.sequential:
-                self._download_whole(part, reader, set(chunks), buffer)
+            task = self._take()
+            if isinstance(task.what, Stream):
+                self._download_whole(task.part, task.reader, task.what)
             else:
-                self._download_chunk(part, reader, Filling(part, chunks[0], buffer))
+                self._download_chunk(task.part, task.reader, task.what)
 
-    def _take(self) -> tuple[Part, Reader, list[int], memoryview]:
+    def _take(self) -> _Task:
         """The first chunk that nobody has in hand, of the file that has the fewest in hand, so that several
-        files are proven at once; of a file without ranges, all of them. And a buffer."""
+        files are proven at once; of a file without ranges, all of them."""
         with self._changed:
             while not self._stop.is_set():
                 waiting = [entry for entry in self._open if entry[0].missing and not entry[0].streaming]
                 buffer = self._buffers.take() if waiting else None
                 if buffer is not None:
                     part, reader = min(waiting, key=lambda entry: entry[0].in_hand)
-                    taken = list(part.missing) if part.sequential else part.missing[:1]
-                    part.streaming = part.sequential
-                    part.in_hand += len(taken)
-                    del part.missing[: len(taken)]
-                    return part, reader, taken, buffer
+                    return _Task(part, reader, self._begin(part, buffer))
                 self._changed.wait()
         raise _StoppedError
+
+    def _begin(self, part: Part, buffer: memoryview) -> Filling | Stream:
+        if part.sequential:
+            part.streaming = True
+            wanted = set(part.missing)
+            part.in_hand += len(wanted)
+            part.missing.clear()
+            return Stream(part, wanted, buffer)
+        part.in_hand += 1
+        chunk = part.missing.pop(0)
+        # What comes in order is proven as it comes; its owner does the rest.
+        proves = chunk == part.proven and not part.proving
+        part.proving = part.proving or proves
+        return Filling(part, chunk, buffer, proves)
 
     def _download_chunk(self, part: Part, reader: Reader, filling: Filling) -> None:
         start = filling.position
@@ -235,11 +253,12 @@ class Transfer:
         with self._changed:
             part.sequential = True
             part.in_hand -= 1
+            if filling.proves:
+                filling.give_up()
+                part.proving = False
             self._free(filling.buffer, *part.give_back(filling.chunk))
 
-    def _download_whole(self, part: Part, reader: Reader, wanted: set[int], buffer: memoryview) -> None:
-        stream = Stream(part, wanted, buffer)
-
+    def _download_whole(self, part: Part, reader: Reader, stream: Stream) -> None:
         def attempt() -> None:
             self._count(-stream.begin())
             for count in self._pieces(part, reader, stream, (0, part.spec.size_bytes), may_leave=False):
@@ -279,10 +298,11 @@ class Transfer:
         with self._gate.connection(), contextlib.closing(reader.read(*bounds, into.space)) as counts:
             began_s = time.monotonic()
             for count in counts:
-                part.piece_took(time.monotonic() - began_s)
                 with self._changed:
                     self._origin_bytes += count
                 leave = self._gate.passed(count, may_leave)
+                # With its pause: what is paced has to come in small pieces, or nobody sees how fast it is.
+                part.piece_took(time.monotonic() - began_s)
                 yield count
                 if leave:
                     return
@@ -304,7 +324,9 @@ class Transfer:
         with self._changed:
             part.recorded[chunk] = digest
             part.in_hand -= 1
-            if part.may_hold(chunk):
+            if filling.proves:
+                part.proven, part.proving = part.proven + 1, False
+            if not filling.proves and part.may_hold(chunk):
                 part.held[chunk] = filling.buffer
                 self._changed.notify_all()
             else:
@@ -366,39 +388,50 @@ class Transfer:
         self._sealed(index, blob)
 
     def _prove(self, part: Part) -> Blob:
-        proof = Proof(part)
+        """Follow the downloaders, and prove what they did not."""
         refetched: Counter[int] = Counter()
         synced_at_s = time.monotonic()
-        chunk = 0
-        while chunk < len(part.recorded):
-            buffer = self._wait_for(part, chunk)
+        while not part.is_proven:
+            if self._may_prove(part):
+                self._prove_next(part, refetched)
             if time.monotonic() - synced_at_s > SYNC_S:
                 part.partial.sync()
                 synced_at_s = time.monotonic()
-            if buffer is not None:
-                proof.take(buffer[: part.size_of(chunk)])
-                with self._changed:
-                    self._free(buffer)
-            elif not proof.read(chunk):
-                # A journal may claim what a power cut undid; bytes fetched just now must read back the same.
-                refetched[chunk] += 1
-                if refetched[chunk] > self._settings.attempts:
-                    raise _does_not_keep(part, chunk)
-                with self._changed:
-                    self._done_bytes -= part.size_of(chunk)
-                    self._free(*part.give_back(chunk))
-                continue
-            chunk += 1
-        return proof.finish()
+        return part.finish()
 
-    def _wait_for(self, part: Part, chunk: int) -> memoryview | None:
-        """Until the chunk is in place; the buffer that has it, where one still does."""
+    def _may_prove(self, part: Part) -> bool:
+        """Wait until the next chunk is this thread's to prove; False after a while, or when all is proven."""
         with self._changed:
-            while part.recorded[chunk] is None:
+            while not part.is_proven:
                 if self._stop.is_set():
                     raise _StoppedError
-                self._changed.wait()
-            return part.held.pop(chunk, None)
+                if part.may_prove:
+                    part.proving = True
+                    return True
+                if not self._changed.wait(SYNC_S):
+                    break
+        return False
+
+    def _prove_next(self, part: Part, refetched: Counter[int]) -> None:
+        """By what is in memory still, else by what the disk gives back; where that is wrong, the chunk is
+        fetched again: a journal may claim what a power cut undid."""
+        chunk = part.proven
+        with self._changed:
+            buffer = part.held.pop(chunk, None)
+        if buffer is not None:
+            part.proof.take(buffer[: part.size_of(chunk)])
+        elif not part.read_back(chunk):
+            refetched[chunk] += 1
+            if refetched[chunk] > self._settings.attempts:
+                raise _does_not_keep(part, chunk)
+            with self._changed:
+                part.proving = False
+                self._done_bytes -= part.size_of(chunk)
+                self._free(*part.give_back(chunk))
+            return
+        with self._changed:
+            part.proven, part.proving = chunk + 1, False
+            self._free(*([] if buffer is None else [buffer]))
 
     # --- the end ----------------------------------------------------------------------------
 

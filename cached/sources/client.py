@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
 import socket
 import ssl
+import struct
 import threading
 import urllib.parse
 from collections.abc import Iterator, Mapping
@@ -149,20 +151,70 @@ class HttpClient:
         return manager
 
 
-def read_into(response: BaseHTTPResponse, view: memoryview) -> int:
-    """Fill ``view`` with what comes next of the body, and say how much that is; 0 at its end.
+class Body:
+    """An answer's body, read to where it is wanted.
 
-    ``readinto`` of urllib3 reads into fresh memory and copies that, which costs more than the network:
-    this asks the answer below it, as urllib3's own ``read`` does.
+    ``readinto`` of urllib3 reads into fresh memory and copies that, and the layers below it take a step in
+    Python for every few packets: both cost more than the network. Where the connection is a plain socket,
+    whole pieces are taken from that; for the first bytes and the last, and with TLS, the layers are asked.
     """
-    if not isinstance(response, HTTPResponse) or not isinstance(response._fp, http.client.HTTPResponse):
-        return response.readinto(view)
-    with response._error_catcher():
-        count = 0 if response._fp.closed else response._fp.readinto(view)
-    response._fp_bytes_read += count
-    if response.length_remaining is not None:
-        response.length_remaining -= count
-    return count
+
+    def __init__(self, response: BaseHTTPResponse) -> None:
+        self._response = response
+        raw = response._fp if isinstance(response, HTTPResponse) else None
+        self._raw = raw if isinstance(raw, http.client.HTTPResponse) else None
+        self._socket = _plain_socket(self._raw) if self._raw is not None else None
+        self._is_ahead = True
+
+    def read_into(self, view: memoryview) -> int:
+        """Fill ``view``, or some of it; the number of bytes, 0 at the end. Raises what urllib3 does."""
+        response, raw = self._response, self._raw
+        if raw is None or not isinstance(response, HTTPResponse):
+            return response.readinto(view)
+        with response._error_catcher():
+            count = 0 if raw.closed else self._next(raw, view)
+        response._fp_bytes_read += count
+        if response.length_remaining is not None:
+            response.length_remaining -= count
+        return count
+
+    def _next(self, raw: http.client.HTTPResponse, view: memoryview) -> int:
+        left = raw.length
+        if self._socket is None or left is None or left <= len(view):
+            return raw.readinto(view)  # which puts the connection back at the end
+        if self._is_ahead:
+            # What was read with the headers comes first.
+            ahead = len(raw.fp.peek(1))
+            self._is_ahead = ahead > len(view)
+            return raw.readinto(view[:ahead])
+        try:
+            count = self._socket.recv_into(view, len(view), socket.MSG_WAITALL)
+        except BlockingIOError as error:
+            raise TimeoutError("timed out") from error
+        raw.length = left - count
+        return count
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+
+
+def _plain_socket(raw: http.client.HTTPResponse) -> socket.socket | None:
+    """The connection once more, for reading whole pieces within its timeout; None where it has TLS."""
+    reader = getattr(raw.fp, "raw", None)
+    own = getattr(reader, "_sock", None)
+    if type(own) is not socket.socket:
+        return None
+    timeout_s = own.gettimeout()
+    if timeout_s is None:
+        return None
+    again = socket.socket(fileno=os.dup(own.fileno()))
+    # Python's own timeouts wait for the first bytes of a piece only, and then in two steps.
+    again.setblocking(True)
+    again.setsockopt(
+        socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+    )
+    return again
 
 
 def final_url(response: BaseHTTPResponse) -> str:

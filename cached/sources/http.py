@@ -7,6 +7,7 @@ each is refused by name. Keeps connections, nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import urllib.parse
 from collections.abc import Callable, Generator, Mapping
@@ -31,7 +32,7 @@ from cached.model import (
     temporary,
 )
 from cached.sources import RangesIgnoredError, Space
-from cached.sources.client import HttpClient, check_plain, check_status, read_into
+from cached.sources.client import Body, HttpClient, check_plain, check_status
 from cached.sources.filters import select
 from cached.sources.secrets import token_of
 from cached.sources.sums import MAX_SUMS_BYTES, SUMS_NAME, parse_sums
@@ -163,12 +164,13 @@ class HttpReader:
         with self._ask(headers) as response:
             self._check_answer(response, start, stop, whole)
             position = start
-            while position < stop:
-                count = read_into(response, space()[: stop - position])
-                if count == 0:
-                    raise self._broken_off(position - start, stop - start)
-                yield count
-                position += count
+            with contextlib.closing(Body(response)) as body:
+                while position < stop:
+                    count = body.read_into(space()[: stop - position])
+                    if count == 0:
+                        raise self._broken_off(position - start, stop - start)
+                    yield count
+                    position += count
             if whole and response.length_remaining is None and response.read(1):
                 raise self._wrong_size("more")
 

@@ -14,7 +14,7 @@ import contextlib
 import itertools
 import re
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -42,7 +42,7 @@ from cached.model import (
     temporary,
 )
 from cached.sources import RangesIgnoredError, Space
-from cached.sources.client import read_into
+from cached.sources.client import Body
 from cached.sources.filters import select
 from cached.sources.s3_errors import code_of, credentials_refused, no_credentials, problem_of
 from cached.sources.sums import MAX_SUMS_BYTES, SUMS_NAME, check_names, parse_sums
@@ -233,11 +233,11 @@ class S3Reader:
         with self._source.asking(self._url) as client:
             answer = client.get_object(**asked)
             # A connection whose answer was read to its end went back to the pool before this closes it.
-            with contextlib.closing(answer["Body"]) as body:
+            with contextlib.closing(answer["Body"]) as stream, _body(stream) as read_into:
                 self._check_answer(answer, start, stop)
                 position = start
                 while position < stop:
-                    count = _read_into(body, space()[: stop - position])
+                    count = read_into(space()[: stop - position])
                     if count == 0:
                         raise self._broken_off(position - start, stop - start)
                     yield count
@@ -324,11 +324,15 @@ def _under(prefix: str, key: str, ref: Ref) -> str:
     return key.removeprefix(prefix)
 
 
-def _read_into(body: StreamingBody, view: memoryview) -> int:
-    raw = getattr(body, "_raw_stream", None)
-    if isinstance(raw, BaseHTTPResponse):
-        return read_into(raw, view)  # without a copy through fresh memory
-    return body.readinto(view)  # type: ignore[arg-type]  # its stubs are wrong there
+@contextlib.contextmanager
+def _body(stream: StreamingBody) -> Iterator[Callable[[memoryview], int]]:
+    """What reads the next bytes of it."""
+    raw = getattr(stream, "_raw_stream", None)
+    if not isinstance(raw, BaseHTTPResponse):
+        yield stream.readinto  # type: ignore[misc]  # its stubs are wrong there
+        return
+    with contextlib.closing(Body(raw)) as body:
+        yield body.read_into
 
 
 def _attested(found: HeadObjectOutputTypeDef) -> Digest | None:

@@ -179,6 +179,8 @@ class Death:
             case "daemon":
                 node.kill_daemon()
                 _are_gone(workers)
+                # The origin may be filling the connection of one that is dead.
+                time.sleep(0.3)
             case "worker":
                 _kill(workers)
                 _are_gone(workers)
