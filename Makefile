@@ -47,8 +47,9 @@ check: $(STAMP)
 	$(VENV)/bin/lint-imports --no-logo
 	$(GENERATE) --check
 
+# Two at a time, as most of them wait most of the time; tests of one file share what they started.
 test: $(STAMP) $(SERVERS)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 # The real servers that tests talk to, where pip has none. Node.js comes from pip where the machine has none.
 $(SERVERS): .ci/debian $(wildcard tests/npm/*) | $(STAMP)

@@ -94,14 +94,14 @@ def everybody() -> list[Contestant]:
 
 
 def ours(protocol: str) -> Contestant:
-    """A replica that waits for its model."""
+    """A prefetch that somebody waits for."""
     return Contestant(protocol, "ours", "sha256", "yes", (our_way(protocol, "ours"),))
 
 
 def ours_otherwise(protocol: str) -> list[Contestant]:
-    """A prefetch, which stands back for others; and a daemon's first fetch, which starts its workers."""
+    """For a replica, which finds it in the page cache; and a daemon's first fetch, with no worker up."""
     ways = {
-        "ours, in the background": our_way(protocol, "ours-background"),
+        "ours, for a replica": our_way(protocol, "ours-for-replica"),
         "ours, no worker up yet": our_way(protocol, "ours", cold=True),
     }
     return [Contestant(protocol, name, "sha256", "yes", (way,)) for name, way in ways.items()]
