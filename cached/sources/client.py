@@ -155,15 +155,15 @@ class Body:
     """An answer's body, read to where it is wanted.
 
     ``readinto`` of urllib3 reads into fresh memory and copies that, and the layers below it take a step in
-    Python for every few packets: both cost more than the network. Where the connection is a plain socket,
-    whole pieces are taken from that; for the first bytes and the last, and with TLS, the layers are asked.
+    Python for every few packets: both cost more than the network. Whole pieces are taken from the connection
+    itself; for the first bytes and the last, which end the answer, the layers are asked.
     """
 
     def __init__(self, response: BaseHTTPResponse) -> None:
         self._response = response
         raw = response._fp if isinstance(response, HTTPResponse) else None
         self._raw = raw if isinstance(raw, http.client.HTTPResponse) else None
-        self._socket = _plain_socket(self._raw) if self._raw is not None else None
+        self._connection = _connection(self._raw) if self._raw is not None else None
         self._is_ahead = True
 
     def read_into(self, view: memoryview) -> int:
@@ -180,34 +180,63 @@ class Body:
 
     def _next(self, raw: http.client.HTTPResponse, view: memoryview) -> int:
         left = raw.length
-        if self._socket is None or left is None or left <= len(view):
+        if self._connection is None or left is None or left <= len(view):
             return raw.readinto(view)  # which puts the connection back at the end
         if self._is_ahead:
             # What was read with the headers comes first.
             ahead = len(raw.fp.peek(1))
             self._is_ahead = ahead > len(view)
             return raw.readinto(view[:ahead])
-        try:
-            count = self._socket.recv_into(view, len(view), socket.MSG_WAITALL)
-        except BlockingIOError as error:
-            raise TimeoutError("timed out") from error
+        count = self._connection.read_into(view)
         raw.length = left - count
         return count
 
     def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
+        if self._connection is not None:
+            self._connection.close()
 
 
-def _plain_socket(raw: http.client.HTTPResponse) -> socket.socket | None:
-    """The connection once more, for reading whole pieces within its timeout; None where it has TLS."""
-    reader = getattr(raw.fp, "raw", None)
-    own = getattr(reader, "_sock", None)
-    if type(own) is not socket.socket:
+class _Plain:
+    def __init__(self, again: socket.socket) -> None:
+        self._socket = again
+
+    def read_into(self, view: memoryview) -> int:
+        try:
+            return self._socket.recv_into(view, len(view), socket.MSG_WAITALL)
+        except BlockingIOError as error:
+            raise TimeoutError("timed out") from error
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class _Tls:
+    def __init__(self, own: ssl.SSLSocket) -> None:
+        self._socket = own
+
+    def read_into(self, view: memoryview) -> int:
+        """It gives out one record of 16 KiB at a time."""
+        done = 0
+        while done < len(view) and (count := self._socket.recv_into(view[done:])):
+            done += count
+        return done
+
+    def close(self) -> None:
+        """The connection is its pool's."""
+
+
+def _connection(raw: http.client.HTTPResponse) -> _Plain | _Tls | None:
+    """What an answer comes through, to read whole pieces from; None where that is unknown."""
+    own = getattr(getattr(raw.fp, "raw", None), "_sock", None)
+    if isinstance(own, ssl.SSLSocket):
+        return _Tls(own)
+    if type(own) is not socket.socket or own.gettimeout() is None:
         return None
-    timeout_s = own.gettimeout()
-    if timeout_s is None:
-        return None
+    return _Plain(_again(own, own.gettimeout() or 0.0))
+
+
+def _again(own: socket.socket, timeout_s: float) -> socket.socket:
+    """The same connection, reading from which waits in the kernel for all that was asked for."""
     again = socket.socket(fileno=os.dup(own.fileno()))
     # Python's own timeouts wait for the first bytes of a piece only, and then in two steps.
     again.setblocking(True)
