@@ -26,7 +26,15 @@ from benchmarks.origin import Fault, Origin
 from cached.config import TransferSettings
 from cached.durable import Partial
 from cached.fetch import FetchJob, FetchPool
-from cached.fetch.pace import BACKOFF_MOST_S, RateLimit, backoff_s, patiently
+from cached.fetch.pace import (
+    BACKOFF_MOST_S,
+    SLOW_BYTES_PER_S,
+    SLOW_S,
+    Came,
+    RateLimit,
+    backoff_s,
+    patiently,
+)
 from cached.model import (
     CHUNK_BYTES,
     Blob,
@@ -698,6 +706,21 @@ def test_backoff_doubles_within_bounds() -> None:
     assert backoff_s(50, 0.0, 0.999) <= 1.5 * BACKOFF_MOST_S
     assert backoff_s(1, 3.0, 0.5) == 3.0
     assert backoff_s(1, 1e9, 0.5) == 30.0
+
+
+def test_who_brings_next_to_nothing_is_given_up_and_who_is_slow_is_not() -> None:
+    slow = Came("w.bin")
+    for _ in range(1000):
+        slow.add(SLOW_BYTES_PER_S, 1.0)
+    slow.add(10**9, 0.1)
+    dribbling = Came("w.bin")
+    dribbling.add(10**9, SLOW_S)  # it was quick once
+    for _ in range(59):
+        dribbling.add(1, 1.0)
+    with pytest.raises(CachedError) as caught:
+        dribbling.add(1, 1.0)
+    assert caught.value.problem.reason == "ORIGIN_TOO_SLOW" and caught.value.problem.temporary
+    assert "w.bin" in str(caught.value) and "60 bytes came in 60 s" in str(caught.value)
 
 
 def test_a_rate_is_shared_and_not_saved_up() -> None:

@@ -16,6 +16,9 @@ from cached.model import CachedError, ErrorKind, Problem, temporary
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MOST_S = 10.0
 RETRY_AFTER_MOST_S = 30.0
+SLOW_S = 60.0
+SLOW_BYTES_PER_S = 1024
+"""Who brings less for that long is given up, as one who brings nothing is by its timeout."""
 GIVEN_UP_RETRY_S = 2.0
 """When a whole fetch may be tried again after one range used up its attempts."""
 
@@ -45,6 +48,32 @@ class RateLimit:
             ahead_bytes = max(0.0, self._free_at_s - now_s) * (self._bytes_per_s or 0)
             self._bytes_per_s = bytes_per_s
             self._free_at_s = now_s + (ahead_bytes / bytes_per_s if bytes_per_s else 0.0)
+
+
+class Came:
+    """What one connection brings, by the time that was spent waiting for it: our own pauses do not count."""
+
+    __slots__ = ("_bytes", "_path", "_waited_s")
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._bytes = 0
+        self._waited_s = 0.0
+
+    def add(self, size_bytes: int, waited_s: float) -> None:
+        """Raises CachedError (``ORIGIN_TOO_SLOW``) where it is next to nothing for its place in the line."""
+        self._bytes += size_bytes
+        self._waited_s += waited_s
+        if self._waited_s < SLOW_S:
+            return
+        if self._bytes < SLOW_BYTES_PER_S * self._waited_s:
+            raise temporary(
+                "ORIGIN_TOO_SLOW",
+                f"{self._path}: {self._bytes} bytes came in {self._waited_s:.0f} s",
+                "see the origin's load, and what is between it and this node; it is asked again",
+                0.0,
+            )
+        self._bytes, self._waited_s = 0, 0.0
 
 
 def backoff_s(attempt: int, retry_after_s: float, chance: float) -> float:

@@ -22,7 +22,7 @@ from cached.config import TransferSettings
 from cached.durable import FsyncFailed, Partial, world_error
 from cached.fetch.gate import Gate, GateClosedError
 from cached.fetch.kernel import Writeback
-from cached.fetch.pace import patiently
+from cached.fetch.pace import Came, patiently
 from cached.fetch.part import (
     Buffers,
     Filling,
@@ -297,7 +297,9 @@ class Transfer:
         """What the origin gives, to the end; or less, where leaving is possible and the gate wants it."""
         with self._gate.connection(), contextlib.closing(reader.read(*bounds, into.space)) as counts:
             began_s = time.monotonic()
+            came = Came(part.spec.path)
             for count in counts:
+                came.add(count, time.monotonic() - began_s)
                 with self._changed:
                     self._origin_bytes += count
                 leave = self._gate.passed(count, may_leave)

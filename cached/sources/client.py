@@ -14,6 +14,7 @@ import socket
 import ssl
 import struct
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
@@ -31,6 +32,8 @@ from cached.sources.network import Kinds, check_kinds, kind_of, kinds_of_host, p
 from cached.sources.sums import SUMS_NAME
 
 MAX_REDIRECTS = 5
+PIECE_S = 1.0
+"""For how long a piece is filled with what trickles in."""
 MAX_HOSTS = 16
 MAX_PROXIES = 8
 MAX_DRAINED_BYTES = 64 * 1024
@@ -180,14 +183,14 @@ class Body:
 
     def _next(self, raw: http.client.HTTPResponse, view: memoryview) -> int:
         left = raw.length
-        if self._connection is None or left is None or left <= len(view):
+        if self._connection is None or left is None or left == 1:
             return raw.readinto(view)  # which puts the connection back at the end
         if self._is_ahead:
             # What was read with the headers comes first.
             ahead = len(raw.fp.peek(1))
             self._is_ahead = ahead > len(view)
             return raw.readinto(view[:ahead])
-        count = self._connection.read_into(view)
+        count = self._connection.read_into(view[: left - 1])
         raw.length = left - count
         return count
 
@@ -215,10 +218,12 @@ class _Tls:
         self._socket = own
 
     def read_into(self, view: memoryview) -> int:
-        """It gives out one record of 16 KiB at a time."""
-        done = 0
+        """It gives out one record of 16 KiB at a time; who sends less is not waited for without end."""
+        done, until_s = 0, time.monotonic() + PIECE_S
         while done < len(view) and (count := self._socket.recv_into(view[done:])):
             done += count
+            if time.monotonic() > until_s:
+                break
         return done
 
     def close(self) -> None:
