@@ -47,9 +47,17 @@ check: $(STAMP)
 	$(VENV)/bin/lint-imports --no-logo
 	$(GENERATE) --check
 
-# Two at a time, as most of them wait most of the time; tests of one file share what they started.
+# Without ARGS, the unit tests run beside the end-to-end tests, which wait most of the time.
 test: $(STAMP) $(SERVERS)
-	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	@$(PY) -m pytest --ignore=tests/e2e >$(VENV)/unit.log 2>&1 & unit=$$!; \
+	trap 'kill $$unit 2>/dev/null || true' EXIT; \
+	status=0; $(PY) -m pytest tests/e2e || status=$$?; \
+	wait $$unit || status=$$?; \
+	cat $(VENV)/unit.log; exit $$status
+else
+	$(PY) -m pytest $(ARGS)
+endif
 
 # The real servers that tests talk to, where pip has none. Node.js comes from pip where the machine has none.
 $(SERVERS): .ci/debian $(wildcard tests/npm/*) | $(STAMP)
