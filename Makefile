@@ -50,11 +50,7 @@ check: $(STAMP)
 # Without ARGS, the unit tests run beside the end-to-end tests, which wait most of the time.
 test: $(STAMP) $(SERVERS)
 ifeq ($(strip $(ARGS)),)
-	@$(PY) -m pytest --ignore=tests/e2e >$(VENV)/unit.log 2>&1 & unit=$$!; \
-	trap 'kill $$unit 2>/dev/null || true' EXIT; \
-	status=0; $(PY) -m pytest tests/e2e || status=$$?; \
-	wait $$unit || status=$$?; \
-	cat $(VENV)/unit.log; exit $$status
+	$(PY) tests/side_by_side.py $(VENV)/unit.log
 else
 	$(PY) -m pytest $(ARGS)
 endif

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -47,9 +48,13 @@ def eventually(what: Callable[[], Any], within_s: float = WAIT_S, every_s: float
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Of those that the kernel gives to nobody by itself: it is still free when it is used a little later."""
+    for _ in range(1000):
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 # --- models ---------------------------------------------------------------------------------
@@ -134,9 +139,12 @@ class NodeKit:
             eventually(self.is_ready)
 
     def _calm(self) -> Path:
-        """A configuration for tests that bring none: whatever else runs here makes no prefetch slower."""
+        """A configuration for tests that bring none: nothing depends on what else runs or lies here."""
         path = self.root / "calm.toml"
-        path.write_text("[pressure]\ncpu_percent = 100\nio_percent = 100\nmemory_percent = 100\n")
+        path.write_text(
+            "[store]\nkeep_free = 0.0\n"
+            "[pressure]\ncpu_percent = 100\nio_percent = 100\nmemory_percent = 100\n"
+        )
         return path
 
     def is_ready(self) -> bool:
