@@ -43,7 +43,7 @@ from cached.model import (
     Revision,
     RevisionKey,
 )
-from cached.plan import State, apply, evict_problem, is_read_soon, plan
+from cached.plan import State, access_problem, apply, evict_problem, is_read_soon, plan
 from cached.plan import types as t
 from cached.plan.apply import LAST_BACKOFF_S, ORIGIN_SETTLES_S, backoff_s
 from cached.plan.decide import MOST_ROUNDS, OUR_DEATHS, REFRESH_AFTER_S, ROOM_RETRY_S, STANDBY_WAIT_S
@@ -1064,6 +1064,29 @@ def test_the_simulated_node_meets_a_claim_in_calm() -> None:
     assert lease in world.granted and not world.refused
     assert world.memory == {artifact_of(ORIGIN[Ref(ref)][0]).id for ref in ("a", "ec")}
     assert sum(BYTES_OF[d] for d in world.blobs) == 100
+
+
+@pytest.mark.parametrize(
+    ("here", "attested", "fresh", "only_here", "digest", "reason"),
+    [
+        (False, True, False, True, False, "OPERATORS_ONLY"),
+        (True, True, True, True, False, "OPERATORS_ONLY"),
+        (True, True, False, True, False, None),
+        (False, True, False, False, True, None),
+        (True, False, False, False, True, "NOT_ATTESTED"),
+        (True, False, True, False, True, None),
+        (True, False, False, False, False, None),
+    ],
+)
+def test_who_may_have_what(
+    here: bool, attested: bool, fresh: bool, only_here: bool, digest: bool, reason: str | None
+) -> None:
+    bench = Bench()
+    if here:
+        note = replace(note_of(A, START), attested=attested)
+        bench.happen(t.Recovered((artifact_of(A),), (note,), (), ()))
+    problem = access_problem(bench.state, A.ref, fresh, t.Access("a", only_here, digest))
+    assert (problem.reason if problem else None) == reason
 
 
 def test_a_content_that_is_listed_with_another_size_is_counted_besides() -> None:

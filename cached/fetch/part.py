@@ -173,11 +173,10 @@ class Part:
         """Whether the next chunk is in place, and nobody is at it."""
         return not self.is_proven and not self.proving and self.recorded[self.proven] is not None
 
-    def read_back(self, chunk: int) -> bool:
-        """Prove the next chunk by what the disk gives back. False, and as if nothing had been read, when that
-        is not what was recorded."""
+    def read_back(self, chunk: int, view: memoryview) -> bool:
+        """Prove the next chunk by what the disk gives back, through ``view``. False, and as if nothing had
+        been read, when that is not what was recorded."""
         before, digest = self.proof.mark(), xxhash.xxh3_128()
-        view = memoryview(bytearray(MOST_PIECE_BYTES))
         position, stop = self.bounds(chunk)
         while position < stop:
             count = self.partial.read_into(view[: stop - position], position)

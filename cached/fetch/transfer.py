@@ -51,6 +51,7 @@ from cached.sources import RangesIgnoredError, Reader, Source
 
 SPARE_BUFFERS = 2
 """More than there are downloaders, so that these go on while the proof catches up."""
+READ_BACK_BYTES = 1024 * 1024
 PROGRESS_S = 0.1
 SYNC_S = 5.0
 """What a power cut may cost of a transfer: what came in this time."""
@@ -392,10 +393,12 @@ class Transfer:
     def _prove(self, part: Part) -> Blob:
         """Follow the downloaders, and prove what they did not."""
         refetched: Counter[int] = Counter()
+        # Reused; what is never read back costs no memory, as it is never touched.
+        view = memoryview(bytearray(READ_BACK_BYTES))
         synced_at_s = time.monotonic()
         while not part.is_proven:
             if self._may_prove(part):
-                self._prove_next(part, refetched)
+                self._prove_next(part, refetched, view)
             if time.monotonic() - synced_at_s > SYNC_S:
                 part.partial.sync()
                 synced_at_s = time.monotonic()
@@ -414,7 +417,7 @@ class Transfer:
                     break
         return False
 
-    def _prove_next(self, part: Part, refetched: Counter[int]) -> None:
+    def _prove_next(self, part: Part, refetched: Counter[int], view: memoryview) -> None:
         """By what is in memory still, else by what the disk gives back; where that is wrong, the chunk is
         fetched again: a journal may claim what a power cut undid."""
         chunk = part.proven
@@ -422,7 +425,7 @@ class Transfer:
             buffer = part.held.pop(chunk, None)
         if buffer is not None:
             part.proof.take(buffer[: part.size_of(chunk)])
-        elif not part.read_back(chunk):
+        elif not part.read_back(chunk, view):
             refetched[chunk] += 1
             if refetched[chunk] > self._settings.attempts:
                 raise _does_not_keep(part, chunk)

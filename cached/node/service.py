@@ -47,7 +47,7 @@ from cached.node.pressure import Pressure, own_group
 from cached.node.scrub import Scrubber
 from cached.node.standbys import Standbys
 from cached.node.views import ModelView, PlaceView, Views, waiting_for
-from cached.plan import State, evict_problem
+from cached.plan import State, access_problem, evict_problem
 from cached.plan import types as t
 from cached.store import Scan, Store
 
@@ -193,24 +193,12 @@ class Node:
         """Raises CachedError (DENIED) where the ref's ``[[source]]`` table does not let it be had: by a
         replica what operators did not bring, by anybody what no digest vouches for where one has to."""
         source = source_for(self._settings.source, ref)
-        note = self._core.state.notes.get(ref)
-        if source.access == "operators" and not by_operator and (fresh or note is None):
-            raise permanent(
-                ErrorKind.DENIED,
-                "OPERATORS_ONLY",
-                f"{ref} is not here, and replicas may not have it fetched"
-                if note is None
-                else f"{ref} is here, and replicas may not have its origin asked for what is newer",
-                f"have an operator prefetch or pin it; or let replicas: access of source {source.prefix!r}",
-            )
-        if source.require_digest and note is not None and not note.attested and not fresh:
-            raise permanent(
-                ErrorKind.DENIED,
-                "NOT_ATTESTED",
-                f"{ref} is here, and no digest of its origin's vouches for it",
-                "have the origin publish digests (a SHA256SUMS beside the files, say) and prefetch it anew, "
-                f"or take require_digest off source {source.prefix!r}",
-            )
+        access = t.Access(
+            source.prefix, source.access == "operators" and not by_operator, source.require_digest
+        )
+        problem = access_problem(self._core.state, ref, fresh, access)
+        if problem is not None:
+            raise CachedError(problem)
 
     async def acquire(
         self, ref: Ref, device: Device, holder: Holder, fresh: bool, ttl_s: int | None, keep: bool

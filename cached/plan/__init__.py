@@ -5,7 +5,7 @@ indexes in ``state``. Imports only the words of ``model``: no clock, no I/O, no 
 """
 
 from cached.plan.apply import apply
-from cached.plan.decide import evict_problem, is_read_soon, plan
+from cached.plan.decide import access_problem, evict_problem, is_read_soon, plan
 from cached.plan.state import Place, State
 
-__all__ = ["Place", "State", "apply", "evict_problem", "is_read_soon", "plan"]
+__all__ = ["Place", "State", "access_problem", "apply", "evict_problem", "is_read_soon", "plan"]

@@ -22,6 +22,7 @@ from cached.model import (
     Digest,
     ErrorKind,
     Problem,
+    Ref,
     RevisionKey,
     is_digest,
 )
@@ -505,6 +506,30 @@ def _no_room_on_device(
         raise_it if never else f"unpin or stop something on {device} ('cachectl ls' shows it), or {raise_it}",
         None if never else ROOM_RETRY_S,
     )
+
+
+def access_problem(state: State, ref: Ref, fresh: bool, access: t.Access) -> Problem | None:
+    """Why a ref is not for who asks: it would have to be fetched and may not be for him, or no digest
+    vouches for what is here and one has to. None where it is."""
+    note = state.notes.get(ref)
+    if access.only_what_is_here and (fresh or note is None):
+        return Problem(
+            ErrorKind.DENIED,
+            "OPERATORS_ONLY",
+            f"{ref} is not here, and replicas may not have it fetched"
+            if note is None
+            else f"{ref} is here, and replicas may not have its origin asked for what is newer",
+            f"have an operator prefetch or pin it; or let replicas: access of source {access.prefix!r}",
+        )
+    if access.require_digest and note is not None and not note.attested and not fresh:
+        return Problem(
+            ErrorKind.DENIED,
+            "NOT_ATTESTED",
+            f"{ref} is here, and no digest of its origin's vouches for it",
+            "have the origin publish digests (a SHA256SUMS beside the files, say) and prefetch it anew, or "
+            f"take require_digest off source {access.prefix!r}",
+        )
+    return None
 
 
 def is_read_soon(state: State, key: RevisionKey) -> bool:

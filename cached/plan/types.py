@@ -102,6 +102,16 @@ class Residency:
     """What it counts as in the device's ledger; empty where it counts nothing."""
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What the configuration says of a ref, for who asks. ``prefix`` names the table that says it;
+    ``only_what_is_here`` where nothing may be fetched for him."""
+
+    prefix: str
+    only_what_is_here: bool
+    require_digest: bool
+
+
 class DiskStep(enum.Enum):
     """Where a proven artifact stands."""
 

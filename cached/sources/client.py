@@ -183,7 +183,7 @@ class Body:
 
     def _next(self, raw: http.client.HTTPResponse, view: memoryview) -> int:
         left = raw.length
-        if self._connection is None or left is None or left == 1:
+        if self._connection is None or left is None or left <= 1:
             return raw.readinto(view)  # which puts the connection back at the end
         if self._is_ahead:
             # What was read with the headers comes first.
