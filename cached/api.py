@@ -122,6 +122,10 @@ class ModelCache(pb_grpc.ModelCacheServicer):
         await _answer(self._node.release(ClaimId(request.lease_id)), context)
         return pb.ReleaseResponse()
 
+    async def Ready(self, request: pb.ReadyRequest, context: Context) -> pb.ReadyResponse:
+        self._node.holder_ready(ClaimId(request.lease_id))
+        return pb.ReadyResponse()
+
     async def Get(self, request: pb.GetRequest, context: Context) -> pb.Model:
         async def look() -> ModelView:
             return await self._node.model_files(_ref_or_id(request.ref))

@@ -28,6 +28,9 @@ Device = NewType("Device", str)
 
 DISK = Device("disk")
 HOST = Device("host")
+ANY_GPU = Device("cuda:any")
+EVERY_GPU = Device("cuda:all")
+"""Pools, which only pins name: ``copies`` of the node's GPUs, or each of them."""
 
 CHUNK_BYTES = 16 * 1024 * 1024
 """A blob is proven in memory by the xxh3_128 of each piece of this size."""
@@ -217,6 +220,8 @@ class Artifact:
     id: ArtifactId
     blobs: tuple[tuple[Digest, int], ...]
     last_used_at: float = 0.0
+    images: tuple[tuple[Digest, int], ...] = ()
+    """Each distinct content that has tensors, with the bytes that these take on a GPU; see ``blocks``."""
 
     @property
     def size_bytes(self) -> int:
@@ -390,13 +395,17 @@ def _bad_ref(text: str, why: str, hint: str = "") -> CachedError:
 
 
 def parse_device(text: str) -> Device:
-    """``disk`` (also for the empty string), ``host`` or ``cuda:<uuid>``. Raises CachedError (INVALID)."""
+    """``disk`` (also for the empty string), ``host``, ``cuda:<uuid>``, ``cuda:<number>``, ``cuda:any`` or
+    ``cuda:all``. Raises CachedError (INVALID)."""
     if text in ("", "disk"):
         return DISK
     if text == "host" or re.fullmatch(r"cuda:[A-Za-z0-9-]{1,64}", text):
         return Device(text)
     raise permanent(
-        ErrorKind.INVALID, "BAD_DEVICE", f"{text!r} is not a device", "use disk, host or cuda:<uuid>"
+        ErrorKind.INVALID,
+        "BAD_DEVICE",
+        f"{text!r} is not a device",
+        "use disk, host, cuda:<uuid>, cuda:<number>, cuda:any or cuda:all",
     )
 
 
@@ -446,11 +455,25 @@ class Holder:
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """Memory that a lease's holder wants free on a device before it starts."""
+
+    device: Device
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """Somebody's wish to have a ref's content on a device.
 
     ``revision`` is what it is bound to once known. ``expires_at`` (Unix s) is set for TTL leases
     only. ``fresh`` asks the origin even where a resolution is noted.
+
+    A lease is granted from the first of ``prefers`` where its artifact stands at that moment, else from
+    ``device``; from then on ``device`` says from which. ``room`` is made before it is granted.
+
+    A pin's ``device`` may be a pool (ANY_GPU, EVERY_GPU); ``copies`` counts with ANY_GPU. Pins of a higher
+    ``priority`` are met first. On a GPU that nobody has claimed, only pins that are ``unclaimed`` stand.
     """
 
     id: ClaimId
@@ -463,6 +486,11 @@ class Claim:
     expires_at: float | None = None
     revision: RevisionKey | None = None
     artifact: ArtifactId | None = None
+    prefers: tuple[Device, ...] = ()
+    room: Room | None = None
+    copies: int = 1
+    priority: int = 0
+    unclaimed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -485,6 +513,23 @@ class Inventory:
     cannot_lock_reason: str
     write_protected: bool
     residents: tuple[Resident, ...]
+    gpu: Gpu | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What is known of a GPU or MIG instance. ``index`` is its number on the node, as nvidia-smi counts.
+
+    ``free_bytes`` is what the device reports. ``outside_bytes`` is memory of residents that were given back
+    and are still mapped by somebody. ``unfit_reason`` says why nothing may stand there; empty where it may.
+    """
+
+    index: int
+    name: str
+    total_bytes: int
+    free_bytes: int
+    outside_bytes: int = 0
+    unfit_reason: str = ""
 
 
 class Phase(enum.Enum):

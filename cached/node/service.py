@@ -265,6 +265,10 @@ class Node:
         """End a TTL lease."""
         await self._grants.release(lease)
 
+    def holder_ready(self, lease: ClaimId) -> None:
+        """The lease's holder has what memory it needs. Harmless where it holds nothing."""
+        self._core.post(t.HolderReady(lease))
+
     # --- operators --------------------------------------------------------------------------
 
     async def prefetch(self, ref: Ref, wait: bool) -> AsyncGenerator[Progress | ModelView]:

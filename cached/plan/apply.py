@@ -20,6 +20,7 @@ from cached.model import (
     ClaimKind,
     Device,
     ErrorKind,
+    Gpu,
     Inventory,
     Note,
     Problem,
@@ -102,6 +103,12 @@ def _work_in(state: State, event: t.Event, now: float) -> None:
             state.disk.ledger.remove([aside_item(state.asides.pop(aside))])
         case t.StandbySeen(inventory, capacity_bytes):
             _standby_seen(state, inventory, capacity_bytes)
+        case t.GpuTold(device, gpu):
+            _gpu_told(state, device, gpu)
+        case t.GpusClaimed(by):
+            state.claimed_gpus = dict(by)
+        case t.HolderReady(claim_id):
+            state.starting.pop(claim_id, None)
         case t.StandbyGone(device):
             _standby_gone(state, device, now)
         case t.Loaded(device, resident):
@@ -427,6 +434,12 @@ def _standby_seen(state: State, inventory: Inventory, capacity_bytes: int) -> No
         if spot[0] == device:
             place.ledger.add(residency.items)
     _refile_device(state, device)
+
+
+def _gpu_told(state: State, device: Device, gpu: Gpu) -> None:
+    place = state.places.get(device)
+    if place is not None and place.inventory is not None:
+        place.inventory = replace(place.inventory, gpu=gpu)
 
 
 def _under_way(state: State, inventory: Inventory) -> dict[Spot, t.Residency]:

@@ -132,6 +132,8 @@ class State:
         self.purging: set[str] = set()
         self.withdrawn: dict[Ref, Problem] = {}
         self.evict_asked: dict[ArtifactId, None] = {}
+        self.claimed_gpus: dict[Device, str] = {}
+        self.starting: dict[ClaimId, float] = {}
         # Indexes, kept by the methods below.
         self.claimed: dict[ArtifactId, dict[ClaimId, None]] = {}
         self.idle = Idle()

@@ -17,6 +17,7 @@ from cached.model import (
     ClaimId,
     Device,
     Digest,
+    Gpu,
     Holder,
     Inventory,
     Note,
@@ -252,6 +253,28 @@ class StandbySeen:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuTold:
+    """A connected GPU's figures, or its health, have changed."""
+
+    device: Device
+    gpu: Gpu
+
+
+@dataclass(frozen=True, slots=True)
+class GpusClaimed:
+    """Which GPUs the orchestrator has given to whom (``pod namespace/name``): all that it has given."""
+
+    by: Mapping[Device, str]
+
+
+@dataclass(frozen=True, slots=True)
+class HolderReady:
+    """A lease's holder has taken the memory that it needs: plans on its device go on."""
+
+    claim: ClaimId
+
+
+@dataclass(frozen=True, slots=True)
 class StandbyGone:
     device: Device
 
@@ -440,6 +463,9 @@ Event = (
     | Quarantined
     | Purged
     | StandbySeen
+    | GpuTold
+    | GpusClaimed
+    | HolderReady
     | StandbyGone
     | Loaded
     | LoadFailed

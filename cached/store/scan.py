@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from cached.blocks import images
 from cached.durable import is_temporary_name, remove_tree
 from cached.model import (
     Artifact,
@@ -46,8 +47,14 @@ class _File:
 
 
 @dataclass(frozen=True, slots=True)
+class _Tensor:
+    file: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Manifest:
-    """A manifest without what makes it long: a start reads them all, tensors and chunks it does not need."""
+    """A manifest without what makes it long: a start reads them all, chunks and names it does not need."""
 
     id: ArtifactId
     ref: Ref
@@ -55,11 +62,13 @@ class _Manifest:
     attested: bool
     files: tuple[_File, ...]
     commit: str = ""
+    tensors: tuple[_Tensor, ...] = ()
 
 
 class _Found(NamedTuple):
     manifest: _Manifest
     used_at: float
+    images: tuple[tuple[Digest, int], ...]
 
 
 def scan(shelf: Shelf, hub: HubView, now: float) -> Scan:
@@ -147,11 +156,18 @@ class _Scan:
             manifest = decode(self._fs.read_file(path), _Manifest)
             wrong = _fault(manifest, artifact)
             if manifest is not None and wrong is None:
-                self._found[artifact] = _Found(self._with_commit(manifest), self._fs.modified_at(path))
+                self._found[artifact] = self._found_at(path, manifest)
             else:
                 reason = f"{path.name}: {wrong}"
                 self._report(artifact, reason)
                 self._shelf.set_aside(path, f"manifest-{stem}", reason, self._now)
+
+    def _found_at(self, path: Path, manifest: _Manifest) -> _Found:
+        sizes = images(
+            [f.blob.sha256 for f in manifest.files], ((x.file, x.size_bytes) for x in manifest.tensors)
+        )
+        slim = replace(self._with_commit(manifest), tensors=())
+        return _Found(slim, self._fs.modified_at(path), sizes)
 
     def _with_commit(self, manifest: _Manifest) -> _Manifest:
         """Records from before manifests had a commit: the revision that lies beside them has it."""
@@ -174,7 +190,7 @@ class _Scan:
     def _check_blobs(self) -> None:
         owners: dict[Digest, list[ArtifactId]] = {}
         damaged: dict[Digest, str] = {}
-        for artifact, (manifest, _) in self._found.items():
+        for artifact, (manifest, _, _) in self._found.items():
             for blob in {file.blob for file in manifest.files}:
                 owners.setdefault(blob.sha256, []).append(artifact)
                 size_bytes = self._sizes.get(blob.sha256)
@@ -204,7 +220,7 @@ class _Scan:
                 self._problems.append(f"{self._at.trees / name} is not ours; it was left alone")
             elif ArtifactId(f"sha256:{name}") not in self._found:
                 remove_tree(self._fs, self._at.trees / name)
-        for artifact, (manifest, _) in self._found.items():
+        for artifact, (manifest, _, _) in self._found.items():
             tree = self._at.tree(artifact)
             if not self._fs.is_dir(tree) or self._fs.files_under(tree) != self._files_of(artifact):
                 self._shelf.build_tree(artifact, ((f.path, f.blob.sha256) for f in manifest.files))
@@ -236,7 +252,7 @@ class _Scan:
 
     def _mend_hub(self) -> None:
         known: dict[str, Sighting | None] = {}
-        for artifact, (manifest, _) in self._found.items():
+        for artifact, (manifest, _, _) in self._found.items():
             known[artifact] = origin_of(manifest.ref, manifest.commit, artifact)
         known |= {ref: noted(note) for ref, note in self._notes.items()}
         shown = {key: sighting for key, sighting in known.items() if sighting is not None}
@@ -343,7 +359,7 @@ def _fault(manifest: _Manifest | None, artifact: ArtifactId) -> str | None:
 
 def _artifact(found: _Found) -> Artifact:
     blobs = {f.blob.sha256: f.blob.size_bytes for f in found.manifest.files}
-    return Artifact(found.manifest.id, tuple(blobs.items()), found.used_at)
+    return Artifact(found.manifest.id, tuple(blobs.items()), found.used_at, found.images)
 
 
 def _head(manifest: _Manifest) -> Head:

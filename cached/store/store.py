@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from cached.blocks import images
 from cached.durable import Fs, remove_tree, replace_file
 from cached.model import (
     Artifact,
@@ -256,7 +257,10 @@ class Store:
         self.touch(manifest.id, now)
         self.put_note(note_of(revision, manifest.id, now, rate_bytes_per_s))
         remove_tree(self._fs, self._at.transfer(revision.key))
-        return Artifact(manifest.id, tuple((b.sha256, b.size_bytes) for b in blobs), now)
+        sizes = images(
+            [f.blob.sha256 for f in manifest.files], ((x.file, x.size_bytes) for x in manifest.tensors)
+        )
+        return Artifact(manifest.id, tuple((b.sha256, b.size_bytes) for b in blobs), now, sizes)
 
     def discard(self, key: RevisionKey, drop: tuple[Digest, ...]) -> None:
         """Remove what a transfer left, and these blobs unless an artifact has them by now; also those that it

@@ -116,6 +116,9 @@ class AcquireRequest(_message.Message):
     LEASE_FIELD_NUMBER: _builtins.int
     TTL_S_FIELD_NUMBER: _builtins.int
     HOLDER_FIELD_NUMBER: _builtins.int
+    PREFERS_FIELD_NUMBER: _builtins.int
+    ROOM_BYTES_FIELD_NUMBER: _builtins.int
+    ROOM_DEVICE_FIELD_NUMBER: _builtins.int
     ref: _builtins.str
     device: _builtins.str
     """"disk" (default), "host" or "cuda:<uuid>"."""
@@ -124,8 +127,20 @@ class AcquireRequest(_message.Message):
     lease: Global___LeaseMode.ValueType
     ttl_s: _builtins.int
     """Seconds, with LEASE_MODE_TTL only."""
+    room_bytes: _builtins.int
+    """Memory in bytes that is to be free on room_device before the grant: idle residents leave it for that, and
+    nothing is loaded there until Ready, or until some minutes are over.
+    """
+    room_device: _builtins.str
+    """"cuda:<uuid>"."""
     @_builtins.property
     def holder(self) -> Global___Holder: ...
+    @_builtins.property
+    def prefers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Devices that are better than device, the best first: the lease is granted from the first of them where the
+        model stands at that moment. Nothing is loaded onto them for it.
+        """
+
     def __init__(
         self,
         *,
@@ -135,10 +150,13 @@ class AcquireRequest(_message.Message):
         lease: Global___LeaseMode.ValueType = ...,
         ttl_s: _builtins.int = ...,
         holder: Global___Holder | None = ...,
+        prefers: _abc.Iterable[_builtins.str] | None = ...,
+        room_bytes: _builtins.int = ...,
+        room_device: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "fresh", b"fresh", "holder", b"holder", "lease", b"lease", "ref", b"ref", "ttl_s", b"ttl_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "fresh", b"fresh", "holder", b"holder", "lease", b"lease", "prefers", b"prefers", "ref", b"ref", "room_bytes", b"room_bytes", "room_device", b"room_device", "ttl_s", b"ttl_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -215,12 +233,15 @@ class Grant(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     BLOBS_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
     token: _builtins.str
     """With LEASE_MODE_DESCRIPTOR: to be presented once on handoff.sock, within 30 s."""
     lease_id: _builtins.str
     """Empty with LEASE_MODE_NONE."""
     blobs: _builtins.int
     """How many descriptors of memory the handoff will send; 0 for the disk."""
+    device: _builtins.str
+    """Where it is granted from: device of the request, or one of prefers."""
     @_builtins.property
     def model(self) -> Global___Model: ...
     def __init__(
@@ -230,14 +251,49 @@ class Grant(_message.Message):
         lease_id: _builtins.str = ...,
         model: Global___Model | None = ...,
         blobs: _builtins.int = ...,
+        device: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "lease_id", b"lease_id", "model", b"model", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "device", b"device", "lease_id", b"lease_id", "model", b"model", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Grant: _TypeAlias = Grant  # noqa: Y015
+
+@_typing.final
+class ReadyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadyRequest: _TypeAlias = ReadyRequest  # noqa: Y015
+
+@_typing.final
+class ReadyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadyResponse: _TypeAlias = ReadyResponse  # noqa: Y015
 
 @_typing.final
 class RenewRequest(_message.Message):
@@ -497,12 +553,17 @@ class Residency(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
     LOCKED_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
+    LAST_USED_AT_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     state: _builtins.str
     """loading, resident or releasing."""
     bytes: _builtins.int
     locked: _builtins.bool
     """False where the memory could not be locked: it is proven again on each handoff."""
+    hits: _builtins.int
+    """Grants from there since it was loaded, and the last one in Unix seconds (0: none)."""
+    last_used_at: _builtins.float
     def __init__(
         self,
         *,
@@ -510,10 +571,12 @@ class Residency(_message.Message):
         state: _builtins.str = ...,
         bytes: _builtins.int = ...,
         locked: _builtins.bool = ...,
+        hits: _builtins.int = ...,
+        last_used_at: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "device", b"device", "locked", b"locked", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "device", b"device", "hits", b"hits", "last_used_at", b"last_used_at", "locked", b"locked", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -49,6 +49,11 @@ class ModelCacheStub(object):
                 request_serializer=cached_dot_v1_dot_model__cache__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=cached_dot_v1_dot_model__cache__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
+        self.Ready = channel.unary_unary(
+                '/cached.v1.ModelCache/Ready',
+                request_serializer=cached_dot_v1_dot_model__cache__pb2.ReadyRequest.SerializeToString,
+                response_deserializer=cached_dot_v1_dot_model__cache__pb2.ReadyResponse.FromString,
+                _registered_method=True)
         self.Get = channel.unary_unary(
                 '/cached.v1.ModelCache/Get',
                 request_serializer=cached_dot_v1_dot_model__cache__pb2.GetRequest.SerializeToString,
@@ -85,6 +90,13 @@ class ModelCacheServicer(object):
 
     def Release(self, request, context):
         """Ends a lease that was granted with a time to live.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Ready(self, request, context):
+        """The holder has taken the memory that it needs on its GPU: plans on that device go on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,6 +140,11 @@ def add_ModelCacheServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=cached_dot_v1_dot_model__cache__pb2.ReleaseRequest.FromString,
                     response_serializer=cached_dot_v1_dot_model__cache__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'Ready': grpc.unary_unary_rpc_method_handler(
+                    servicer.Ready,
+                    request_deserializer=cached_dot_v1_dot_model__cache__pb2.ReadyRequest.FromString,
+                    response_serializer=cached_dot_v1_dot_model__cache__pb2.ReadyResponse.SerializeToString,
             ),
             'Get': grpc.unary_unary_rpc_method_handler(
                     servicer.Get,
@@ -226,6 +243,33 @@ class ModelCache(object):
             '/cached.v1.ModelCache/Release',
             cached_dot_v1_dot_model__cache__pb2.ReleaseRequest.SerializeToString,
             cached_dot_v1_dot_model__cache__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Ready(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cached.v1.ModelCache/Ready',
+            cached_dot_v1_dot_model__cache__pb2.ReadyRequest.SerializeToString,
+            cached_dot_v1_dot_model__cache__pb2.ReadyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,6 +42,8 @@ class ModelCacheStub:
     """Prolongs a lease that was granted with a time to live."""
     Release: _grpc.UnaryUnaryMultiCallable[_model_cache_pb2.ReleaseRequest, _model_cache_pb2.ReleaseResponse]
     """Ends a lease that was granted with a time to live."""
+    Ready: _grpc.UnaryUnaryMultiCallable[_model_cache_pb2.ReadyRequest, _model_cache_pb2.ReadyResponse]
+    """The holder has taken the memory that it needs on its GPU: plans on that device go on."""
     Get: _grpc.UnaryUnaryMultiCallable[_model_cache_pb2.GetRequest, _model_cache_pb2.Model]
     """One model, by ref or artifact id."""
     List: _grpc.UnaryUnaryMultiCallable[_model_cache_pb2.ListRequest, _model_cache_pb2.ListResponse]
@@ -58,6 +60,8 @@ class ModelCacheAsyncStub(ModelCacheStub):
     """Prolongs a lease that was granted with a time to live."""
     Release: _aio.UnaryUnaryMultiCallable[_model_cache_pb2.ReleaseRequest, _model_cache_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Ends a lease that was granted with a time to live."""
+    Ready: _aio.UnaryUnaryMultiCallable[_model_cache_pb2.ReadyRequest, _model_cache_pb2.ReadyResponse]  # type: ignore[assignment]
+    """The holder has taken the memory that it needs on its GPU: plans on that device go on."""
     Get: _aio.UnaryUnaryMultiCallable[_model_cache_pb2.GetRequest, _model_cache_pb2.Model]  # type: ignore[assignment]
     """One model, by ref or artifact id."""
     List: _aio.UnaryUnaryMultiCallable[_model_cache_pb2.ListRequest, _model_cache_pb2.ListResponse]  # type: ignore[assignment]
@@ -89,6 +93,14 @@ class ModelCacheServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_cache_pb2.ReleaseResponse, _abc.Awaitable[_model_cache_pb2.ReleaseResponse]]:
         """Ends a lease that was granted with a time to live."""
+
+    @_abc_1.abstractmethod
+    def Ready(
+        self,
+        request: _model_cache_pb2.ReadyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_cache_pb2.ReadyResponse, _abc.Awaitable[_model_cache_pb2.ReadyResponse]]:
+        """The holder has taken the memory that it needs on its GPU: plans on that device go on."""
 
     @_abc_1.abstractmethod
     def Get(

@@ -48,20 +48,32 @@ class PinRequest(_message.Message):
     REF_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    UNCLAIMED_FIELD_NUMBER: _builtins.int
     ref: _builtins.str
     device: _builtins.str
-    """"disk" (default), "host" or "cuda:<uuid>"."""
+    """"disk" (default), "host", "cuda:<uuid>", "cuda:<number>", "cuda:any" or "cuda:all"."""
     wait: _builtins.bool
+    copies: _builtins.int
+    """With cuda:any: on how many GPUs; 0 is one."""
+    priority: _builtins.int
+    """Pins of a higher priority are met first."""
+    unclaimed: _builtins.bool
+    """On a GPU: also while nobody has claimed it."""
     def __init__(
         self,
         *,
         ref: _builtins.str = ...,
         device: _builtins.str = ...,
         wait: _builtins.bool = ...,
+        copies: _builtins.int = ...,
+        priority: _builtins.int = ...,
+        unclaimed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "ref", b"ref", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copies", b"copies", "device", b"device", "priority", b"priority", "ref", b"ref", "unclaimed", b"unclaimed", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -338,6 +350,13 @@ class Place(_message.Message):
     CONNECTED_FIELD_NUMBER: _builtins.int
     REMARKS_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    OUTSIDE_BYTES_FIELD_NUMBER: _builtins.int
+    UNFIT_REASON_FIELD_NUMBER: _builtins.int
+    CLAIMED_BY_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     capacity_bytes: _builtins.int
     used_bytes: _builtins.int
@@ -345,6 +364,15 @@ class Place(_message.Message):
     connected: _builtins.bool
     """Whether the device can be used: for host and GPUs, whether its standby is connected."""
     pid: _builtins.int
+    index: _builtins.int
+    """GPUs only, as in preloader.v1."""
+    name: _builtins.str
+    total_bytes: _builtins.int
+    free_bytes: _builtins.int
+    outside_bytes: _builtins.int
+    unfit_reason: _builtins.str
+    claimed_by: _builtins.str
+    """To whom the orchestrator has given the device; empty for nobody, or where that is not known."""
     @_builtins.property
     def remarks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """In words: unlocked memory, writable view, and the like; empty when all is well."""
@@ -359,10 +387,17 @@ class Place(_message.Message):
         connected: _builtins.bool = ...,
         remarks: _abc.Iterable[_builtins.str] | None = ...,
         pid: _builtins.int = ...,
+        index: _builtins.int = ...,
+        name: _builtins.str = ...,
+        total_bytes: _builtins.int = ...,
+        free_bytes: _builtins.int = ...,
+        outside_bytes: _builtins.int = ...,
+        unfit_reason: _builtins.str = ...,
+        claimed_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "claimed_bytes", b"claimed_bytes", "connected", b"connected", "device", b"device", "pid", b"pid", "remarks", b"remarks", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "claimed_by", b"claimed_by", "claimed_bytes", b"claimed_bytes", "connected", b"connected", "device", b"device", "free_bytes", b"free_bytes", "index", b"index", "name", b"name", "outside_bytes", b"outside_bytes", "pid", b"pid", "remarks", b"remarks", "total_bytes", b"total_bytes", "unfit_reason", b"unfit_reason", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apreloader/v1/standby.proto\x12\x0cpreloader.v1\"\x0e\n\x0cWatchRequest\"\xaf\x01\n\tInventory\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x13\n\x0blimit_bytes\x18\x03 \x01(\x04\x12\x10\n\x08\x63\x61n_lock\x18\x04 \x01(\x08\x12\x1a\n\x12\x63\x61nnot_lock_reason\x18\x05 \x01(\t\x12\x17\n\x0fwrite_protected\x18\x06 \x01(\x08\x12)\n\tresidents\x18\x07 \x03(\x0b\x32\x16.preloader.v1.Resident\">\n\x08Resident\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06locked\x18\x03 \x01(\x08\"\"\n\x0bLoadRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\"l\n\tLoadEvent\x12.\n\x08progress\x18\x01 \x01(\x0b\x32\x1a.preloader.v1.LoadProgressH\x00\x12&\n\x04\x64one\x18\x02 \x01(\x0b\x32\x16.preloader.v1.ResidentH\x00\x42\x07\n\x05\x65vent\"7\n\x0cLoadProgress\x12\x12\n\nbytes_done\x18\x01 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\"%\n\x0eReleaseRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\"\x11\n\x0fReleaseResponse2\xcf\x01\n\x07Standby\x12>\n\x05Watch\x12\x1a.preloader.v1.WatchRequest\x1a\x17.preloader.v1.Inventory0\x01\x12<\n\x04Load\x12\x19.preloader.v1.LoadRequest\x1a\x17.preloader.v1.LoadEvent0\x01\x12\x46\n\x07Release\x12\x1c.preloader.v1.ReleaseRequest\x1a\x1d.preloader.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apreloader/v1/standby.proto\x12\x0cpreloader.v1\"\x0e\n\x0cWatchRequest\"\xcf\x01\n\tInventory\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x13\n\x0blimit_bytes\x18\x03 \x01(\x04\x12\x10\n\x08\x63\x61n_lock\x18\x04 \x01(\x08\x12\x1a\n\x12\x63\x61nnot_lock_reason\x18\x05 \x01(\t\x12\x17\n\x0fwrite_protected\x18\x06 \x01(\x08\x12)\n\tresidents\x18\x07 \x03(\x0b\x32\x16.preloader.v1.Resident\x12\x1e\n\x03gpu\x18\x08 \x01(\x0b\x32\x11.preloader.v1.Gpu\"x\n\x03Gpu\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x12\n\nfree_bytes\x18\x04 \x01(\x04\x12\x15\n\routside_bytes\x18\x05 \x01(\x04\x12\x14\n\x0cunfit_reason\x18\x06 \x01(\t\">\n\x08Resident\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06locked\x18\x03 \x01(\x08\"\"\n\x0bLoadRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\"l\n\tLoadEvent\x12.\n\x08progress\x18\x01 \x01(\x0b\x32\x1a.preloader.v1.LoadProgressH\x00\x12&\n\x04\x64one\x18\x02 \x01(\x0b\x32\x16.preloader.v1.ResidentH\x00\x42\x07\n\x05\x65vent\"7\n\x0cLoadProgress\x12\x12\n\nbytes_done\x18\x01 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\"%\n\x0eReleaseRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\"\x11\n\x0fReleaseResponse2\xcf\x01\n\x07Standby\x12>\n\x05Watch\x12\x1a.preloader.v1.WatchRequest\x1a\x17.preloader.v1.Inventory0\x01\x12<\n\x04Load\x12\x19.preloader.v1.LoadRequest\x1a\x17.preloader.v1.LoadEvent0\x01\x12\x46\n\x07Release\x12\x1c.preloader.v1.ReleaseRequest\x1a\x1d.preloader.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,19 +34,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHREQUEST']._serialized_start=44
   _globals['_WATCHREQUEST']._serialized_end=58
   _globals['_INVENTORY']._serialized_start=61
-  _globals['_INVENTORY']._serialized_end=236
-  _globals['_RESIDENT']._serialized_start=238
-  _globals['_RESIDENT']._serialized_end=300
-  _globals['_LOADREQUEST']._serialized_start=302
-  _globals['_LOADREQUEST']._serialized_end=336
-  _globals['_LOADEVENT']._serialized_start=338
-  _globals['_LOADEVENT']._serialized_end=446
-  _globals['_LOADPROGRESS']._serialized_start=448
-  _globals['_LOADPROGRESS']._serialized_end=503
-  _globals['_RELEASEREQUEST']._serialized_start=505
-  _globals['_RELEASEREQUEST']._serialized_end=542
-  _globals['_RELEASERESPONSE']._serialized_start=544
-  _globals['_RELEASERESPONSE']._serialized_end=561
-  _globals['_STANDBY']._serialized_start=564
-  _globals['_STANDBY']._serialized_end=771
+  _globals['_INVENTORY']._serialized_end=268
+  _globals['_GPU']._serialized_start=270
+  _globals['_GPU']._serialized_end=390
+  _globals['_RESIDENT']._serialized_start=392
+  _globals['_RESIDENT']._serialized_end=454
+  _globals['_LOADREQUEST']._serialized_start=456
+  _globals['_LOADREQUEST']._serialized_end=490
+  _globals['_LOADEVENT']._serialized_start=492
+  _globals['_LOADEVENT']._serialized_end=600
+  _globals['_LOADPROGRESS']._serialized_start=602
+  _globals['_LOADPROGRESS']._serialized_end=657
+  _globals['_RELEASEREQUEST']._serialized_start=659
+  _globals['_RELEASEREQUEST']._serialized_end=696
+  _globals['_RELEASERESPONSE']._serialized_start=698
+  _globals['_RELEASERESPONSE']._serialized_end=715
+  _globals['_STANDBY']._serialized_start=718
+  _globals['_STANDBY']._serialized_end=925
 # @@protoc_insertion_point(module_scope)

@@ -47,6 +47,7 @@ class Inventory(_message.Message):
     CANNOT_LOCK_REASON_FIELD_NUMBER: _builtins.int
     WRITE_PROTECTED_FIELD_NUMBER: _builtins.int
     RESIDENTS_FIELD_NUMBER: _builtins.int
+    GPU_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     pid: _builtins.int
     limit_bytes: _builtins.int
@@ -58,6 +59,10 @@ class Inventory(_message.Message):
     """Whether descriptors were opened through a read-only mount."""
     @_builtins.property
     def residents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Resident]: ...
+    @_builtins.property
+    def gpu(self) -> Global___Gpu:
+        """GPUs and MIG instances only."""
+
     def __init__(
         self,
         *,
@@ -68,14 +73,53 @@ class Inventory(_message.Message):
         cannot_lock_reason: _builtins.str = ...,
         write_protected: _builtins.bool = ...,
         residents: _abc.Iterable[Global___Resident] | None = ...,
+        gpu: Global___Gpu | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gpu", b"gpu"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["can_lock", b"can_lock", "cannot_lock_reason", b"cannot_lock_reason", "device", b"device", "limit_bytes", b"limit_bytes", "pid", b"pid", "residents", b"residents", "write_protected", b"write_protected"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["can_lock", b"can_lock", "cannot_lock_reason", b"cannot_lock_reason", "device", b"device", "gpu", b"gpu", "limit_bytes", b"limit_bytes", "pid", b"pid", "residents", b"residents", "write_protected", b"write_protected"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Inventory: _TypeAlias = Inventory  # noqa: Y015
+
+@_typing.final
+class Gpu(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    OUTSIDE_BYTES_FIELD_NUMBER: _builtins.int
+    UNFIT_REASON_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Its number on the node, as nvidia-smi counts."""
+    name: _builtins.str
+    total_bytes: _builtins.int
+    free_bytes: _builtins.int
+    """As the device reports it."""
+    outside_bytes: _builtins.int
+    """Of residents that were given back and are still mapped by somebody."""
+    unfit_reason: _builtins.str
+    """Why nothing may stand there; empty where it may."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        name: _builtins.str = ...,
+        total_bytes: _builtins.int = ...,
+        free_bytes: _builtins.int = ...,
+        outside_bytes: _builtins.int = ...,
+        unfit_reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_bytes", b"free_bytes", "index", b"index", "name", b"name", "outside_bytes", b"outside_bytes", "total_bytes", b"total_bytes", "unfit_reason", b"unfit_reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Gpu: _TypeAlias = Gpu  # noqa: Y015
 
 @_typing.final
 class Resident(_message.Message):
@@ -86,7 +130,7 @@ class Resident(_message.Message):
     LOCKED_FIELD_NUMBER: _builtins.int
     artifact_id: _builtins.str
     bytes: _builtins.int
-    """Bytes of the distinct blobs."""
+    """Bytes of the distinct blobs; on a GPU, of their images."""
     locked: _builtins.bool
     def __init__(
         self,

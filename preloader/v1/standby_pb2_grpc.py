@@ -55,7 +55,8 @@ class StandbyServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Watch(self, request, context):
-        """The device and its residents, at once and after every change. Its end is the standby's end.
+        """The device and its residents, at once and after every change: of its residents, its health, or (on a GPU,
+        a few times a second at most) its free memory. Its end is the standby's end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,7 +71,7 @@ class StandbyServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Gives the memory back that no other resident shares.
+        """Gives the memory back that no other resident shares. On a GPU it ends once the device reports it free.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,25 +35,29 @@ class StandbyStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> StandbyAsyncStub: ...
     Watch: _grpc.UnaryStreamMultiCallable[_standby_pb2.WatchRequest, _standby_pb2.Inventory]
-    """The device and its residents, at once and after every change. Its end is the standby's end."""
+    """The device and its residents, at once and after every change: of its residents, its health, or (on a GPU,
+    a few times a second at most) its free memory. Its end is the standby's end.
+    """
     Load: _grpc.UnaryStreamMultiCallable[_standby_pb2.LoadRequest, _standby_pb2.LoadEvent]
     """Puts an artifact's blobs into memory, proves them by chunk digest, and only then ends with done.
     Repeating it for a resident is harmless. Cancelling the call undoes it.
     """
     Release: _grpc.UnaryUnaryMultiCallable[_standby_pb2.ReleaseRequest, _standby_pb2.ReleaseResponse]
-    """Gives the memory back that no other resident shares."""
+    """Gives the memory back that no other resident shares. On a GPU it ends once the device reports it free."""
 
 @_typing.type_check_only
 class StandbyAsyncStub(StandbyStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Watch: _aio.UnaryStreamMultiCallable[_standby_pb2.WatchRequest, _standby_pb2.Inventory]  # type: ignore[assignment]
-    """The device and its residents, at once and after every change. Its end is the standby's end."""
+    """The device and its residents, at once and after every change: of its residents, its health, or (on a GPU,
+    a few times a second at most) its free memory. Its end is the standby's end.
+    """
     Load: _aio.UnaryStreamMultiCallable[_standby_pb2.LoadRequest, _standby_pb2.LoadEvent]  # type: ignore[assignment]
     """Puts an artifact's blobs into memory, proves them by chunk digest, and only then ends with done.
     Repeating it for a resident is harmless. Cancelling the call undoes it.
     """
     Release: _aio.UnaryUnaryMultiCallable[_standby_pb2.ReleaseRequest, _standby_pb2.ReleaseResponse]  # type: ignore[assignment]
-    """Gives the memory back that no other resident shares."""
+    """Gives the memory back that no other resident shares. On a GPU it ends once the device reports it free."""
 
 class StandbyServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -62,7 +66,9 @@ class StandbyServicer(metaclass=_abc_1.ABCMeta):
         request: _standby_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_standby_pb2.Inventory], _abc.AsyncIterator[_standby_pb2.Inventory]]:
-        """The device and its residents, at once and after every change. Its end is the standby's end."""
+        """The device and its residents, at once and after every change: of its residents, its health, or (on a GPU,
+        a few times a second at most) its free memory. Its end is the standby's end.
+        """
 
     @_abc_1.abstractmethod
     def Load(
@@ -80,6 +86,6 @@ class StandbyServicer(metaclass=_abc_1.ABCMeta):
         request: _standby_pb2.ReleaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_standby_pb2.ReleaseResponse, _abc.Awaitable[_standby_pb2.ReleaseResponse]]:
-        """Gives the memory back that no other resident shares."""
+        """Gives the memory back that no other resident shares. On a GPU it ends once the device reports it free."""
 
 def add_StandbyServicer_to_server(servicer: StandbyServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
