@@ -20,28 +20,37 @@ from typing import Any
 BATCH = 128
 MAX_LINE_BYTES = 64 * 1024
 MAX_FDS = 20_000
+PEEK_BYTES = 64 * 1024
 
 
 class FramingError(Exception):
     """The other end sent something that is no message of this protocol, or went away midway."""
 
 
-def send(sock: socket.socket, header: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+def send(
+    sock: socket.socket,
+    header: dict[str, Any],
+    fds: tuple[int, ...] = (),
+    *,
+    most_bytes: int = MAX_LINE_BYTES,
+) -> None:
     """Send ``header`` and ``fds``. Raises OSError when the other end is gone or the time is up."""
     line = json.dumps({**header, "fds": len(fds)}).encode() + b"\n"
-    assert len(line) <= MAX_LINE_BYTES and len(fds) <= MAX_FDS
+    assert len(line) <= most_bytes and len(fds) <= MAX_FDS
     sock.sendall(line)
     for start in range(0, len(fds), BATCH):
         batch = array.array("i", fds[start : start + BATCH])
         sock.sendmsg([b"F"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, batch)])
 
 
-def receive(sock: socket.socket, most_fds: int = MAX_FDS) -> tuple[dict[str, Any], list[int]]:
-    """Receive a header and its descriptors, close-on-exec; the caller owns them.
+def receive(
+    sock: socket.socket, most_fds: int = MAX_FDS, *, most_bytes: int = MAX_LINE_BYTES
+) -> tuple[dict[str, Any], list[int]]:
+    """Receive a header of at most ``most_bytes`` and its descriptors, close-on-exec; the caller owns them.
 
     Raises FramingError for a malformed or broken-off message (nothing stays open), OSError else.
     """
-    header = _parse(_receive_line(sock))
+    header = _parse(_receive_line(sock, most_bytes))
     count = header.get("fds", 0)
     if type(count) is not int or not 0 <= count <= most_fds:
         raise FramingError(f"a message announces {count!r} descriptors; at most {most_fds} are taken")
@@ -58,19 +67,19 @@ def receive(sock: socket.socket, most_fds: int = MAX_FDS) -> tuple[dict[str, Any
     return header, fds
 
 
-def _receive_line(sock: socket.socket) -> bytes:
+def _receive_line(sock: socket.socket, most_bytes: int) -> bytes:
     # One byte at a time past the first read would be slow; reading past the newline would eat the
     # byte that carries descriptors. So look first, then take exactly the line.
-    line = b""
+    line = bytearray()
     while not line.endswith(b"\n"):
-        seen = sock.recv(4096, socket.MSG_PEEK)
+        seen = sock.recv(PEEK_BYTES, socket.MSG_PEEK)
         if not seen:
             raise FramingError("the other end closed the connection before its message was complete")
         end = seen.find(b"\n")
         line += sock.recv(len(seen) if end < 0 else end + 1)
-        if len(line) > MAX_LINE_BYTES:
-            raise FramingError(f"a message's first line is longer than {MAX_LINE_BYTES} bytes")
-    return line
+        if len(line) > most_bytes:
+            raise FramingError(f"a message's first line is longer than {most_bytes} bytes")
+    return bytes(line)
 
 
 def _receive_batch(sock: socket.socket) -> list[int]:

@@ -48,6 +48,7 @@ from preloader.loader import LoadCancelled, Loader
 from preloader.memory.host import HostMemory, lock_allowance
 from preloader.v1 import standby_pb2, standby_pb2_grpc
 from preloader.view import can_protect
+from preloader.wire import problem_to_json
 
 MAX_RPCS = 32
 MAX_HANDOFFS = 8
@@ -190,7 +191,7 @@ class DescriptorServer:
             artifact = _checked(str(request.get("id")))
             descriptors = self._loader.descriptors(artifact)
         except CachedError as error:
-            fds.send(connection, {"error": _error_header(error.problem)})
+            fds.send(connection, {"error": problem_to_json(error.problem)})
             return
         try:
             fds.send(connection, {"id": artifact}, descriptors)
@@ -264,16 +265,6 @@ def _abort(context: grpc.ServicerContext, problem: Problem) -> NoReturn:
 def _ascii(text: str) -> str:
     """Metadata values are printable ASCII."""
     return "".join(c if " " <= c <= "~" else "?" for c in text)
-
-
-def _error_header(problem: Problem) -> dict[str, str | float | None]:
-    return {
-        "kind": problem.kind.value,
-        "reason": problem.reason,
-        "message": problem.message,
-        "hint": problem.hint,
-        "retry_after_s": problem.retry_after_s,
-    }
 
 
 # --- the process ---------------------------------------------------------------------------------

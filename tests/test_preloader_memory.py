@@ -22,7 +22,7 @@ from residentkit import (
 
 from cached.model import CHUNK_BYTES, Blob, CachedError, Digest
 from preloader.groups import HEADROOM_BYTES, Groups, own_groups
-from preloader.memory import Memory, Piece
+from preloader.memory import Piece
 from preloader.memory.host import HostMemory
 
 SIZE = CHUNK_BYTES + 3 * MIB + 5
@@ -61,7 +61,7 @@ def pieces() -> Iterator[list[Piece]]:
         piece.close()
 
 
-def hold(memory: Memory, blob: Blob, path: Path, pieces: list[Piece]) -> Piece:
+def hold(memory: HostMemory, blob: Blob, path: Path, pieces: list[Piece]) -> Piece:
     memory.admit(blob.size_bytes)
     piece = memory.hold(blob, os.open(path, os.O_RDONLY))
     pieces.append(piece)
@@ -73,8 +73,7 @@ def filled(piece: Piece, blob: Blob) -> list[str]:
     found = []
     for offset in range(0, blob.size_bytes, CHUNK_BYTES):
         size = min(CHUNK_BYTES, blob.size_bytes - offset)
-        piece.fill(offset, size)
-        found.append(piece.digest(offset, size))
+        found.append(piece.fill(offset, size))
     return found
 
 
@@ -101,9 +100,9 @@ def test_a_flipped_byte_shows(kind, source: Path, data: bytes, pieces: list[Piec
 @each_kind
 def test_the_descriptor_reads_the_content(kind, source: Path, data: bytes, pieces: list[Piece]) -> None:
     piece = hold(kind(own_groups()), blob_of(data), source, pieces)
-    assert os.pread(piece.fd, 100, CHUNK_BYTES) == data[CHUNK_BYTES : CHUNK_BYTES + 100]
+    assert os.pread(piece.fds[0], 100, CHUNK_BYTES) == data[CHUNK_BYTES : CHUNK_BYTES + 100]
     with pytest.raises(OSError):
-        os.write(piece.fd, b"x")
+        os.write(piece.fds[0], b"x")
 
 
 @each_kind
@@ -119,7 +118,7 @@ def test_nothing_is_a_content_too(kind, tmp_path: Path, pieces: list[Piece]) -> 
 @each_kind
 def test_closing_twice_is_harmless(kind, source: Path, data: bytes, pieces: list[Piece]) -> None:
     piece = hold(kind(own_groups()), blob_of(data), source, pieces)
-    fd = piece.fd
+    fd = piece.fds[0]
     piece.close()
     piece.close()
     with pytest.raises(OSError):

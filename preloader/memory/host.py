@@ -177,16 +177,14 @@ class HostPiece:
         if lock and blob.size_bytes:
             self._map()
 
-    def fill(self, offset: int, size_bytes: int) -> None:
-        if not self.locked:
-            return  # reading it to prove it is what brings it in
-        if _libc.mlock(self._address + offset, size_bytes) == 0:
-            self._count(size_bytes)
-        else:
-            self._go_unlocked("mlock", ctypes.get_errno())
+    @property
+    def fds(self) -> tuple[int, ...]:
+        return () if self.fd < 0 else (self.fd,)
 
-    def digest(self, offset: int, size_bytes: int) -> str:
+    def fill(self, offset: int, size_bytes: int) -> str:
         if self.locked:
+            self._lock(offset, size_bytes)
+        if self.locked:  # where it is not, reading it to prove it is what brings it in
             return xxhash.xxh3_128_hexdigest(_view_of(self._address + offset, size_bytes, _PYBUF_READ))
         return self._digest_read(offset, size_bytes)
 
@@ -203,6 +201,12 @@ class HostPiece:
         os.close(self.fd)
         self.fd = -1
         self._memory.closed(self.blob.sha256, self._kept)
+
+    def _lock(self, offset: int, size_bytes: int) -> None:
+        if _libc.mlock(self._address + offset, size_bytes) == 0:
+            self._count(size_bytes)
+        else:
+            self._go_unlocked("mlock", ctypes.get_errno())
 
     def _map(self) -> None:
         address = _libc.mmap(None, self.blob.size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, self.fd, 0)
