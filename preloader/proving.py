@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from cached.model import CHUNK_BYTES, Blob
 from preloader.artifact import lost
@@ -30,6 +30,9 @@ class Task(Protocol):
 
     def run(self) -> None:
         """Raises CachedError (DATA_LOSS) for what is wrong or cannot be read."""
+
+
+T = TypeVar("T", bound=Task)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ class Chunk:
             raise lost("CHUNK_MISMATCH", self.name, self.blob, what)
 
 
-class Work:
+class Work(Generic[T]):
     """Tasks for several threads, until none is left, one fails, or it is stopped.
 
     Each thread does its part within a ``lane`` of its own. ``on_done`` hears, from any thread but one at a
@@ -71,10 +74,10 @@ class Work:
 
     def __init__(
         self,
-        tasks: Iterable[Task],
+        tasks: Iterable[T],
         done_bytes: int = 0,
         lane: Callable[[], AbstractContextManager[None]] = nullcontext,
-        on_done: Callable[[Task], None] = lambda task: None,
+        on_done: Callable[[T], None] = lambda task: None,
     ) -> None:
         self.done_bytes = done_bytes
         self._lane = lane
@@ -105,11 +108,11 @@ class Work:
             self._stop()
             raise
 
-    def _next(self) -> Task | None:
+    def _next(self) -> T | None:
         with self._lock:
             return next(self._tasks, None)
 
-    def _tell(self, task: Task) -> None:
+    def _tell(self, task: T) -> None:
         with self._lock:
             self.done_bytes += task.size_bytes
             self._on_done(task)
