@@ -1,0 +1,1 @@
+"""FAKE, for tests: stands where cuda-bindings would, see driver.py beside it."""
