@@ -23,6 +23,7 @@ from cached.model import (
     ManifestFile,
     Ref,
     RevisionKey,
+    Tensor,
     artifact_id,
 )
 from preloader.groups import PER_CPU_SLACK_BYTES, SLACK_BYTES, Groups
@@ -68,9 +69,11 @@ def put_artifact(data_dir: Path, files: dict[str, bytes]) -> Manifest:
     )
 
 
-def put_manifest(data_dir: Path, listed: tuple[ManifestFile, ...]) -> Manifest:
+def put_manifest(
+    data_dir: Path, listed: tuple[ManifestFile, ...], tensors: tuple[Tensor, ...] = ()
+) -> Manifest:
     artifact = artifact_id((f.path, f.blob.size_bytes, f.blob.sha256) for f in listed)
-    manifest = Manifest(artifact, Ref("file:///x/"), RevisionKey("0" * 64), True, listed, ())
+    manifest = Manifest(artifact, Ref("file:///x/"), RevisionKey("0" * 64), True, listed, tensors)
     path = manifest_path(data_dir, artifact)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.encode(manifest))

@@ -1,12 +1,19 @@
-"""One suite that every kind of memory passes, and what only locked host memory can show."""
+"""One suite that every kind of memory passes, and what only locked host memory can show.
+
+"cuda-fake" is GPU memory on the fake driver; "cuda" is the same on this machine's GPU, where it has one.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Protocol
 
+import gpukit
 import pytest
+from fillerkit import real_gpu, tensors_of, tensors_on
 from residentkit import (
     MIB,
     PAGE_BYTES,
@@ -20,9 +27,11 @@ from residentkit import (
     rounded,
 )
 
+from cached.cuda import Driver, Gpu
 from cached.model import CHUNK_BYTES, Blob, CachedError, Digest
 from preloader.groups import HEADROOM_BYTES, Groups, own_groups
 from preloader.memory import Piece
+from preloader.memory.cuda import CudaMemory, CudaPiece
 from preloader.memory.host import HostMemory
 
 SIZE = CHUNK_BYTES + 3 * MIB + 5
@@ -37,8 +46,84 @@ def unlocked(groups: Groups, **more: object) -> HostMemory:
     return HostMemory(groups, 0, "not allowed here", **more)  # type: ignore[arg-type]
 
 
-KINDS = [pytest.param(locking, id="host-locked"), pytest.param(unlocked, id="host-unlocked")]
-each_kind = pytest.mark.parametrize("kind", KINDS)
+host_kinds = pytest.mark.parametrize(
+    "kind", [pytest.param(locking, id="host-locked"), pytest.param(unlocked, id="host-unlocked")]
+)
+
+
+class Kind(Protocol):
+    """A kind of memory, as the suite needs it."""
+
+    locks: bool
+
+    def hold(self, blob: Blob, path: Path) -> Piece: ...
+
+    def kept(self, data: bytes) -> bytes:
+        """What of a blob's bytes this kind keeps."""
+
+    def shown(self, piece: Piece) -> bytes:
+        """What whoever receives the piece's descriptors finds there."""
+
+
+class OnHost:
+    def __init__(self, memory: HostMemory, locks: bool) -> None:
+        self._memory = memory
+        self.locks = locks
+
+    def hold(self, blob: Blob, path: Path) -> Piece:
+        self._memory.admit(blob.size_bytes)
+        return self._memory.hold(blob, os.open(path, os.O_RDONLY))
+
+    def kept(self, data: bytes) -> bytes:
+        return data
+
+    def shown(self, piece: Piece) -> bytes:
+        with pytest.raises(OSError):
+            os.write(piece.fds[0], b"x")
+        return os.pread(piece.fds[0], 2 * SIZE, 0)
+
+
+class OnGpu:
+    """Everything from byte 8 on is tensors, of odd sizes and over the seams of blocks."""
+
+    locks = True
+
+    def __init__(self, gpu: Gpu, stack: ExitStack) -> None:
+        unit = gpu.granularity_bytes()
+        self._gpu = gpu
+        self._memory = CudaMemory(gpu, block_bytes=2 * unit)
+        self._stack = stack
+
+    def hold(self, blob: Blob, path: Path) -> Piece:
+        tensors = tensors_of(blob.size_bytes, 8, (1000, 3, 0, CHUNK_BYTES, 5))
+        piece = self._memory.hold(blob, tensors, os.open(path, os.O_RDONLY))
+        self._stack.enter_context(self._memory.at_work([piece]))
+        self._stack.enter_context(self._memory.lane())
+        return piece
+
+    def kept(self, data: bytes) -> bytes:
+        return data[8:]
+
+    def shown(self, piece: Piece) -> bytes:
+        assert isinstance(piece, CudaPiece)
+        return b"".join(tensors_on(self._gpu, piece.layout, piece.fds).values())
+
+
+@pytest.fixture(params=["host-locked", "host-unlocked", "cuda-fake", "cuda"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kind]:
+    with ExitStack() as stack:
+        match request.param:
+            case "cuda-fake":
+                gpus = stack.enter_context(gpukit.machine())
+                gpus.add(total_bytes=128 * MIB, granularity=MIB)
+                monkeypatch.setenv("FAKE_GPU_DIR", str(gpus.directory))
+                yield OnGpu(Driver().gpus()[0], stack)
+            case "cuda":
+                yield OnGpu(real_gpu(), stack)
+            case "host-locked":
+                yield OnHost(locking(own_groups()), may_lock(SIZE))
+            case _:
+                yield OnHost(unlocked(own_groups()), False)
 
 
 @pytest.fixture
@@ -77,67 +162,66 @@ def filled(piece: Piece, blob: Blob) -> list[str]:
     return found
 
 
-@each_kind
-def test_digests_are_those_of_the_bytes(kind, source: Path, data: bytes, pieces: list[Piece]) -> None:
-    blob, memory = blob_of(data), kind(own_groups())
-    piece = hold(memory, blob, source, pieces)
+def test_digests_are_those_of_the_bytes(kind: Kind, source: Path, data: bytes, pieces: list[Piece]) -> None:
+    blob = blob_of(data)
+    pieces.append(piece := kind.hold(blob, source))
     assert filled(piece, blob) == list(blob.chunks)
     piece.keep()
-    assert piece.locked is (kind is locking and may_lock(SIZE))
-    assert piece.locked is not bool(memory.cannot_lock_reason)
+    assert piece.locked is kind.locks
 
 
-@each_kind
-def test_a_flipped_byte_shows(kind, source: Path, data: bytes, pieces: list[Piece]) -> None:
+def test_a_flipped_byte_shows(kind: Kind, source: Path, data: bytes, pieces: list[Piece]) -> None:
     blob = blob_of(data)
     with source.open("r+b") as file:
         file.seek(CHUNK_BYTES + 7)
         file.write(bytes([data[CHUNK_BYTES + 7] ^ 1]))
-    first, second = filled(hold(kind(own_groups()), blob, source, pieces), blob)
+    pieces.append(piece := kind.hold(blob, source))
+    first, second = filled(piece, blob)
     assert first == blob.chunks[0] and second != blob.chunks[1]
 
 
-@each_kind
-def test_the_descriptor_reads_the_content(kind, source: Path, data: bytes, pieces: list[Piece]) -> None:
-    piece = hold(kind(own_groups()), blob_of(data), source, pieces)
-    assert os.pread(piece.fds[0], 100, CHUNK_BYTES) == data[CHUNK_BYTES : CHUNK_BYTES + 100]
-    with pytest.raises(OSError):
-        os.write(piece.fds[0], b"x")
+def test_the_descriptors_show_the_content(kind: Kind, source: Path, data: bytes, pieces: list[Piece]) -> None:
+    blob = blob_of(data)
+    pieces.append(piece := kind.hold(blob, source))
+    filled(piece, blob)
+    piece.keep()
+    assert kind.shown(piece) == kind.kept(data)
 
 
-@each_kind
-def test_nothing_is_a_content_too(kind, tmp_path: Path, pieces: list[Piece]) -> None:
+def test_nothing_is_a_content_too(kind: Kind, tmp_path: Path, pieces: list[Piece]) -> None:
     (tmp_path / "empty").touch()
-    blob = blob_of(b"")
-    piece = hold(kind(own_groups()), blob, tmp_path / "empty", pieces)
-    assert filled(piece, blob) == []
+    pieces.append(piece := kind.hold(blob_of(b""), tmp_path / "empty"))
+    assert filled(piece, blob_of(b"")) == []
     piece.keep()
     piece.close()
 
 
-@each_kind
-def test_closing_twice_is_harmless(kind, source: Path, data: bytes, pieces: list[Piece]) -> None:
-    piece = hold(kind(own_groups()), blob_of(data), source, pieces)
-    fd = piece.fds[0]
+def test_closing_twice_is_harmless(kind: Kind, source: Path, data: bytes, pieces: list[Piece]) -> None:
+    piece = kind.hold(blob_of(data), source)
+    fds = piece.fds
+    assert fds
     piece.close()
     piece.close()
-    with pytest.raises(OSError):
-        os.fstat(fd)
+    assert piece.fds == ()
+    for fd in fds:
+        with pytest.raises(OSError):
+            os.fstat(fd)
 
 
-@each_kind
 def test_a_file_that_became_shorter_is_an_error_not_our_end(
-    kind, source: Path, data: bytes, pieces: list[Piece]
+    kind: Kind, source: Path, data: bytes, pieces: list[Piece]
 ) -> None:
     blob = blob_of(data)
-    piece = hold(kind(own_groups()), blob, source, pieces)
+    pieces.append(piece := kind.hold(blob, source))
     os.truncate(source, CHUNK_BYTES)
     with pytest.raises(OSError, match="ends at byte"):
         filled(piece, blob)
-    assert not piece.locked
 
 
-@each_kind
+# --- the host's room ----------------------------------------------------------------------------
+
+
+@host_kinds
 def test_admission_goes_by_the_group_and_by_what_is_held(
     kind, tmp_path: Path, source: Path, data: bytes, pieces: list[Piece]
 ) -> None:

@@ -301,6 +301,8 @@ class CudaPiece:
     def close(self) -> None:
         # What fails here failed before, and was told; with this process's end all of it goes.
         with contextlib.suppress(CudaError):
+            self._memory.settle()
+        with contextlib.suppress(CudaError):
             self._let_go()
         while self._fds:
             os.close(self._fds.pop())

@@ -176,6 +176,7 @@ class _Stream:
     done: int = 0
     asked: int = 0
     error: CUresult = CUresult.CUDA_SUCCESS
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
 
 class _Process:
@@ -246,11 +247,12 @@ class _Process:
 
     def finish(self, stream: int, until: int | None = None) -> None:
         """Do what was asked of a stream; raises what went wrong in it."""
-        work = self.streams[stream]
-        while work.waiting and (until is None or work.done < until):
-            work.waiting.popleft()()
-            work.done += 1
-        error, work.error = work.error, CUresult.CUDA_SUCCESS
+        work = self.streams.get(stream) or _Stream()  # another thread may have ended it
+        with work.lock:  # who waits while another does the work waits for that
+            while work.waiting and (until is None or work.done < until):
+                work.waiting.popleft()()
+                work.done += 1
+            error, work.error = work.error, CUresult.CUDA_SUCCESS
         _refuse_unless(error == CUresult.CUDA_SUCCESS, error)
 
 

@@ -1,0 +1,81 @@
+"""GPU memory for tests: artifacts with tensors, what stands on a device, and the filler as a process."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pytest
+from residentkit import put_blob, put_manifest
+
+from cached.cuda import CudaError, Driver, Gpu
+from cached.model import Manifest, ManifestFile, Tensor
+from preloader.wire import BlobLayout
+
+ROOT = Path(__file__).parent.parent
+
+
+def real_gpu() -> Gpu:
+    """This machine's first GPU, through the real bindings. Skips the test, with the reason, without one."""
+    path = list(sys.path)
+    fakes = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "cuda"}
+    try:
+        sys.path[:] = [entry for entry in path if not entry.endswith("fakegpu")]
+        return Driver().gpus()[0]
+    except CudaError as error:
+        pytest.skip(f"needs a GPU: {error}")
+    finally:
+        sys.path[:] = path
+        for name in [name for name in sys.modules if name.split(".")[0] == "cuda"]:
+            del sys.modules[name]
+        sys.modules.update(fakes)
+
+
+def tensors_of(end: int, begin: int, sizes_bytes: Iterable[int], file: int = 0) -> tuple[Tensor, ...]:
+    """Tensors of these sizes one after the other, as far as they go, and one with all the rest."""
+    found: list[Tensor] = []
+    at = min(begin, end)
+    for size in [*sizes_bytes, end]:
+        size = min(size, end - at)
+        found.append(Tensor(f"t{len(found)}", "U8", (size,), file, at, size))
+        at += size
+    return tuple(found)
+
+
+def put_tensors(data_dir: Path, files: dict[str, tuple[bytes, Sequence[int]]]) -> Manifest:
+    """An artifact whose files have tensors of these sizes and of the rest, from byte 8 on; or none."""
+    listed, tensors = [], []
+    for file, (path, (data, sizes)) in enumerate(sorted(files.items())):
+        listed.append(ManifestFile(path, put_blob(data_dir, data)))
+        tensors += tensors_of(len(data), 8, sizes, file) if sizes else ()
+    return put_manifest(data_dir, tuple(listed), tuple(tensors))
+
+
+def tensors_on(gpu: Gpu, layout: BlobLayout, fds: Sequence[int]) -> dict[str, bytes]:
+    """What each tensor is on the device, for whoever has the descriptors."""
+    image = image_on(gpu, layout.blocks, fds)
+    return {name: image[at : at + size] for name, at, size in layout.tensors}
+
+
+def image_on(gpu: Gpu, blocks: Sequence[int], fds: Sequence[int]) -> bytes:
+    size = sum(blocks)
+    if not size:
+        return b""
+    with gpu.context():
+        address, at, handles = gpu.reserve(size), 0, [gpu.import_(fd) for fd in fds]
+        for handle, block in zip(handles, blocks, strict=True):
+            gpu.map(address + at, block, handle)
+            gpu.release(handle)
+            at += block
+        gpu.allow(address, size, write=False)
+        host, stream = gpu.pin(size), gpu.stream()
+        gpu.copy_out(host, address, size, stream)
+        gpu.synchronize(stream)
+        data = ctypes.string_at(host, size)
+        gpu.end_stream(stream)
+        gpu.unpin(host)
+        gpu.unmap(address, size)
+        gpu.free(address, size)
+    return data
