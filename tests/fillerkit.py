@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import socket
+import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import gpukit
 import pytest
 from residentkit import put_blob, put_manifest
 
 from cached.cuda import CudaError, Driver, Gpu
-from cached.model import Manifest, ManifestFile, Tensor
+from cached.model import Manifest, ManifestFile, Problem, Tensor
+from preloader import wire
 from preloader.wire import BlobLayout
 
 ROOT = Path(__file__).parent.parent
@@ -79,3 +86,71 @@ def image_on(gpu: Gpu, blocks: Sequence[int], fds: Sequence[int]) -> bytes:
         gpu.unmap(address, size)
         gpu.free(address, size)
     return data
+
+
+class FillerProcess:
+    """A filler as its keeper has it."""
+
+    def __init__(
+        self, gpus: gpukit.Gpus, uuid: str, data_dir: Path, *, block_bytes: int = 0, idle_s: float = 60
+    ) -> None:
+        self.sock, theirs = socket.socketpair()
+        self.sock.settimeout(60)
+        command = [sys.executable, "-P", "-m", "preloader.filler", "--device", f"cuda:{uuid}"]
+        command += ["--data-dir", str(data_dir), "--socket-fd", str(theirs.fileno()), "--idle-s", str(idle_s)]
+        command += ["--block-bytes", str(block_bytes)] if block_bytes else []
+        env = {**gpus.env(), "CUDA_VISIBLE_DEVICES": uuid}
+        env["PYTHONPATH"] += f"{os.pathsep}{ROOT}"
+        with theirs:
+            self.process = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()])
+
+    def __enter__(self) -> FillerProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.sock.close()
+
+    def ask(self, message: dict[str, Any], blocks: Sequence[int] = ()) -> Outcome:
+        wire.send(self.sock, message, blocks)
+        outcome = Outcome({})
+        while not outcome.last:
+            outcome.take(*wire.receive(self.sock))
+        return outcome
+
+    def load(self, artifact: str, have: Sequence[str] = ()) -> Outcome:
+        return self.ask({"do": "load", "id": artifact, "have": list(have)})
+
+    def prove(self, outcome: Outcome) -> Outcome:
+        layouts = [layout.to_json() for layout, _ in outcome.sealed.values()]
+        fds = [fd for _, fds in outcome.sealed.values() for fd in fds]
+        return self.ask({"do": "prove", "layout": {"blobs": layouts}}, fds)
+
+
+@dataclass
+class Outcome:
+    """What a filler sent for one job: ``last`` is its last message."""
+
+    last: dict[str, Any]
+    sealed: dict[str, tuple[BlobLayout, list[int]]] = field(default_factory=dict)
+    progress: list[list[int]] = field(default_factory=list)
+
+    def take(self, message: dict[str, Any], fds: list[int]) -> None:
+        if "sealed" in message:
+            layout = wire.parse_layout(message["sealed"])
+            self.sealed[layout.sha256] = (layout, fds)
+        elif "progress" in message:
+            self.progress.append(message["progress"])
+        else:
+            self.last = message
+
+    @property
+    def problem(self) -> Problem:
+        return wire.parse_problem(self.last["error"])
+
+    def close(self) -> None:
+        for _, fds in self.sealed.values():
+            for fd in fds:
+                os.close(fd)
+        self.sealed.clear()

@@ -30,6 +30,8 @@ from preloader.wire import BlobLayout
 
 BUFFERS = 2
 """Of each thread, each for one chunk."""
+SPARE_FILES = 8
+"""The driver may open this many at once."""
 
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 _NOT_SUPPORTED = {
@@ -273,14 +275,16 @@ class CudaPiece:
 
     def create(self) -> None:
         """New memory for every block."""
-        for size_bytes in self._layout.blocks:
-            self._handles.append(self._gpu.create(size_bytes))
-            self._fds.append(_export(self._gpu, self._handles[-1]))
+        with _counting_files():
+            for size_bytes in self._layout.blocks:
+                self._handles.append(self._gpu.create(size_bytes))
+                self._fds.append(self._gpu.export(self._handles[-1]))
 
     def import_(self) -> None:
         """The memory behind the descriptors."""
-        for fd in self._fds:
-            self._handles.append(self._gpu.import_(fd))
+        with _counting_files():
+            for fd in self._fds:
+                self._handles.append(self._gpu.import_(fd))
 
     def map(self) -> None:
         """At one stretch of addresses; read only what is not to be filled."""
@@ -383,11 +387,13 @@ def survives(error: CudaError) -> bool:
     return is_out_of_memory(error) or error.name in _NOT_SUPPORTED
 
 
-def _export(gpu: Gpu, handle: int) -> int:
+@contextlib.contextmanager
+def _counting_files() -> Iterator[None]:
+    """The driver has no word for a process that may open no more files."""
     try:
-        return gpu.export(handle)
+        yield
     except CudaError as error:
-        if not _no_descriptors_left():  # the driver has no word for it
+        if not _no_descriptors_left():
             raise
         hint = "raise the preloader's limit on open files (RLIMIT_NOFILE)"
         message = f"no descriptor is left for a block ({error})"
@@ -395,8 +401,14 @@ def _export(gpu: Gpu, handle: int) -> int:
 
 
 def _no_descriptors_left() -> bool:
+    """Whether so few are left that the driver may lack one (it has given back what it had)."""
+    spare: list[int] = []
     try:
-        os.close(os.dup(0))
+        while len(spare) < SPARE_FILES:
+            spare.append(os.memfd_create("spare"))
     except OSError as error:
         return error.errno in (errno.EMFILE, errno.ENFILE)
+    finally:
+        for fd in spare:
+            os.close(fd)
     return False
