@@ -78,8 +78,10 @@ class Work(Generic[T]):
         done_bytes: int = 0,
         lane: Callable[[], AbstractContextManager[None]] = nullcontext,
         on_done: Callable[[T], None] = lambda task: None,
+        threads: int = 0,
     ) -> None:
         self.done_bytes = done_bytes
+        self._threads = threads or threads_up_to(MAX_PROVERS)
         self._lane = lane
         self._on_done = on_done
         self._lock = threading.Lock()
@@ -90,8 +92,8 @@ class Work(Generic[T]):
 
         Raises what a task raised. Whichever way it ends, no thread is left in the middle of anything.
         """
-        with ThreadPoolExecutor(provers(), "prove") as pool:
-            futures = [pool.submit(self._part) for _ in range(provers())]
+        with ThreadPoolExecutor(self._threads, "prove") as pool:
+            futures = [pool.submit(self._part) for _ in range(self._threads)]
             try:
                 while not _all_done(futures):
                     look()
@@ -122,8 +124,9 @@ class Work(Generic[T]):
             self._tasks = iter(())
 
 
-def provers() -> int:
-    return min(MAX_PROVERS, os.cpu_count() or 1)
+def threads_up_to(most: int) -> int:
+    """As many as can run at once here, within that bound."""
+    return min(most, len(os.sched_getaffinity(0)))
 
 
 def _all_done(futures: list[Future[None]]) -> bool:
