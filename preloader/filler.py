@@ -74,7 +74,9 @@ class Filler:
 
         Raises OSError or FramingError once the keeper is gone.
         """
-        while select.select([self._sock], [], [], idle_s)[0]:
+        asked = select.poll()  # which, unlike select, takes any descriptor
+        asked.register(self._sock, select.POLLIN)
+        while asked.poll(idle_s * 1000):
             message, fds = wire.receive(self._sock)
             if not self._answer(message, fds):
                 return False

@@ -31,7 +31,7 @@ from cached.cuda import Driver, Gpu
 from cached.model import CHUNK_BYTES, Blob, CachedError, Digest
 from preloader.groups import HEADROOM_BYTES, Groups, own_groups
 from preloader.memory import Piece
-from preloader.memory.cuda import CudaMemory, CudaPiece
+from preloader.memory.cuda import BUFFERS, CudaMemory, CudaPiece
 from preloader.memory.host import HostMemory
 
 SIZE = CHUNK_BYTES + 3 * MIB + 5
@@ -184,6 +184,19 @@ def test_the_descriptors_show_the_content(kind: Kind, source: Path, data: bytes,
     blob = blob_of(data)
     pieces.append(piece := kind.hold(blob, source))
     filled(piece, blob)
+    piece.keep()
+    assert kind.shown(piece) == kind.kept(data)
+
+
+@pytest.mark.parametrize("kind", ["cuda-fake", "cuda"], indirect=True)
+def test_a_buffer_is_filled_anew_only_once_it_was_copied_from(
+    kind: Kind, source: Path, data: bytes, pieces: list[Piece]
+) -> None:
+    blob = blob_of(data)
+    pieces.append(piece := kind.hold(blob, source))
+    for _ in range(BUFFERS):  # the second chunk goes where the first was
+        filled(piece, blob)
+        piece.fill(CHUNK_BYTES, SIZE - CHUNK_BYTES)
     piece.keep()
     assert kind.shown(piece) == kind.kept(data)
 
