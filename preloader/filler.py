@@ -110,11 +110,12 @@ class Filler:
             if not contents:
                 raise _no_tensors(artifact)
             pieces = _held(memory, view, [c for c in contents if c.blob.sha256 not in have])
-        try:
-            with memory.at_work(piece for _, piece in pieces):
-                self._fill(memory, pieces)
-        finally:
-            _close(pieces)
+        if pieces:  # else there is no need of a context
+            try:
+                with memory.at_work(piece for _, piece in pieces):
+                    self._fill(memory, pieces)
+            finally:
+                _close(pieces)
         order = [content.blob.sha256 for content in contents]
         return {"granularity": memory.granularity_bytes, "blobs": order}
 
