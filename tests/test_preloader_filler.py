@@ -111,8 +111,8 @@ def test_a_load_seals_blob_after_blob_and_what_is_shared_is_not_filled_again(
 def test_killed_midway_it_leaves_what_it_sealed_and_nothing_else(
     gpus: gpukit.Gpus, uuid: str, filler: FillerProcess, gpu: Gpu, tmp_path: Path
 ) -> None:
-    manifest = put_tensors(tmp_path, {"a.safetensors": (TWO, (1,)), "b.safetensors": (ONE, (1,))})
-    gpus.fail("cuMemcpyHtoDAsync", sleep_s=0.4)  # each copy takes so long
+    manifest = put_tensors(tmp_path, {"a.safetensors": (TWO, (len(TWO),)), "b.safetensors": (ONE, (1,))})
+    gpus.fail("cuMemcpyHtoDAsync", after=1, sleep_s=60)  # the small one comes through, for it is read first
     wire.send(filler.sock, {"do": "load", "id": manifest.id, "have": []})
     outcome = Outcome({})
     while not outcome.sealed:
