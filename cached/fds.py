@@ -12,6 +12,7 @@ message (Linux refuses more than 253).
 from __future__ import annotations
 
 import array
+import errno
 import json
 import os
 import socket
@@ -89,11 +90,13 @@ def _receive_batch(sock: socket.socket) -> list[int]:
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-    if flags & socket.MSG_CTRUNC or not data or not fds:
-        for fd in fds:
-            os.close(fd)
-        raise FramingError("the other end broke off while sending descriptors")
-    return list(fds)
+    if data and fds and not flags & socket.MSG_CTRUNC:
+        return list(fds)
+    for fd in fds:
+        os.close(fd)
+    if flags & socket.MSG_CTRUNC:
+        raise OSError(errno.EMFILE, "not all descriptors of a message could be taken")
+    raise FramingError("the other end broke off while sending descriptors")
 
 
 def _parse(line: bytes) -> dict[str, Any]:

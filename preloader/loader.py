@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,22 +19,22 @@ from cached.model import (
     CachedError,
     Digest,
     ErrorKind,
+    Inventory,
     Resident,
     permanent,
-    temporary,
 )
 from preloader.artifact import Content, open_blob, read_contents
 from preloader.memory import Piece
 from preloader.memory.host import HostMemory
 from preloader.proving import LOOK_EVERY_S, Chunk, Work
-from preloader.view import open_view
-
-OnProgress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
-
-
-class LoadCancelled(Exception):
-    """Whoever asked for the load no longer wants it; nothing of it stays."""
+from preloader.standing import (
+    LoadCancelled,
+    OnProgress,
+    close_all,
+    duplicates,
+    not_resident,
+)
+from preloader.view import can_protect, open_view
 
 
 @dataclass(slots=True)
@@ -62,6 +62,18 @@ class Loader:
 
     # --- asked ------------------------------------------------------------------------------
 
+    def inventory(self) -> Inventory:
+        why_not = self._memory.cannot_lock_reason
+        return Inventory(
+            device=self._memory.device,
+            pid=os.getpid(),
+            limit_bytes=self._memory.limit_bytes(),
+            can_lock=not why_not,
+            cannot_lock_reason=why_not,
+            write_protected=self.write_protected() and can_protect(self._data_dir),
+            residents=self.residents(),
+        )
+
     def residents(self) -> tuple[Resident, ...]:
         with self._changed:
             return tuple(self._resident(artifact) for artifact in self._residents)
@@ -77,20 +89,21 @@ class Loader:
             self._changed.wait_for(lambda: self._version != seen, timeout_s)
             return self._version
 
-    def descriptors(self, artifact: ArtifactId) -> tuple[int, ...]:
-        """A duplicate of each distinct blob's descriptor, in the manifest's order; the caller closes them.
+    def descriptors(self, artifact: ArtifactId, uid: int) -> tuple[int, tuple[int, ...]]:
+        """``uid``, and a duplicate of each distinct blob's descriptor, in the manifest's order; the caller
+        closes them. Whoever has them can change nothing, so the uid makes no difference.
 
         What is not locked is proven again first. Raises CachedError: NOT_FOUND where it is not resident,
         DATA_LOSS where it is no longer what it was; then it is resident no more.
         """
         with self._changed:
             if artifact not in self._residents:
-                raise _not_resident(artifact)
+                raise not_resident(artifact)
             digests = self._residents[artifact]
             helds = [self._use(digest) for digest in digests]
         try:
             self._prove_unlocked(artifact, helds)
-            return _duplicates([fd for held in helds for fd in held.piece.fds])
+            return uid, duplicates([fd for held in helds for fd in held.piece.fds])
         finally:
             self._let_go(digests)
 
@@ -127,6 +140,19 @@ class Loader:
             self._announce()
         self._let_go(digests)
         return True
+
+    def node(self) -> None:
+        """There is none: the pages are files' own."""
+
+    def adopt(self, artifact: ArtifactId, uid: int, descriptors: list[int]) -> None:
+        """Never: the store has it, and the page cache too. Raises CachedError (PRECONDITION)."""
+        close_all(descriptors)
+        raise permanent(
+            ErrorKind.PRECONDITION,
+            "NOT_ADOPTED",
+            f"{self._memory.device} takes no descriptors back",
+            "have it loaded: its pages are locked and proven again without reading the disk",
+        )
 
     # --- one load -----------------------------------------------------------------------------
 
@@ -232,24 +258,3 @@ class Loader:
 
 def _chunks(helds: list[_Held]) -> Iterator[Chunk]:
     return (Chunk(h.piece, h.blob, h.name, i) for h in helds for i in range(len(h.blob.chunks)))
-
-
-def _duplicates(fds: list[int]) -> tuple[int, ...]:
-    copies: list[int] = []
-    try:
-        for fd in fds:
-            copies.append(os.dup(fd))
-    except OSError as error:
-        for copy in copies:
-            os.close(copy)
-        raise temporary(
-            "TOO_MANY_FILES",
-            f"{len(fds)} descriptors cannot be duplicated: {error.strerror}",
-            "raise the preloader's limit on open files (RLIMIT_NOFILE)",
-            retry_after_s=5.0,
-        ) from error
-    return tuple(copies)
-
-
-def _not_resident(artifact: ArtifactId) -> CachedError:
-    return permanent(ErrorKind.NOT_FOUND, "NOT_RESIDENT", f"{artifact} is not resident", "load it first")

@@ -21,10 +21,11 @@ from residentkit import (
     rounded,
 )
 
-from cached.model import CHUNK_BYTES, CachedError, ErrorKind, Manifest, Resident
+from cached.model import CHUNK_BYTES, ArtifactId, CachedError, ErrorKind, Manifest, Resident
 from preloader.groups import Groups, own_groups
-from preloader.loader import LoadCancelled, Loader
+from preloader.loader import Loader
 from preloader.memory.host import HostMemory
+from preloader.standing import NOBODY, LoadCancelled
 
 BIG = content(CHUNK_BYTES + MIB + 1, seed=1)
 SMALL = content(70_000, seed=2)
@@ -33,6 +34,10 @@ OTHER = content(90_000, seed=3)
 
 def quiet(done: int, total: int) -> None:
     pass
+
+
+def handed(loader: Loader, artifact: ArtifactId) -> tuple[int, ...]:
+    return loader.descriptors(artifact, NOBODY)[1]
 
 
 def load(loader: Loader, manifest: Manifest) -> Resident:
@@ -96,13 +101,13 @@ def test_descriptors_come_in_the_manifests_order(
 ) -> None:
     loader = kind(tmp_path)
     load(loader, manifest)
-    fds = loader.descriptors(manifest.id)
+    fds = handed(loader, manifest.id)
     assert [os.fstat(fd).st_size for fd in fds] == [b.size_bytes for b in manifest.distinct_blobs()]
     loader.release(manifest.id)
     assert os.pread(fds[0], len(SMALL), 0) == SMALL  # config.json is first; the copies outlive the residency
     close_all(fds)
     with pytest.raises(CachedError, match="not resident"):
-        loader.descriptors(manifest.id)
+        handed(loader, manifest.id)
 
 
 def test_a_shared_blob_is_locked_once_and_until_its_last_user_goes(tmp_path: Path) -> None:
@@ -140,7 +145,7 @@ def test_a_wrong_chunk_takes_no_sharer_along(kind: Callable[[Path], Loader], tmp
     load(loader, good)
     flip(blob_path(tmp_path, bad.files[1].blob.sha256), 0)
     assert refused(loader, bad).problem.reason == "CHUNK_MISMATCH"
-    close_all(loader.descriptors(good.id))
+    close_all(handed(loader, good.id))
     loader.release(good.id)
 
 
@@ -215,11 +220,11 @@ def test_a_blob_that_is_a_link_elsewhere_is_not_followed(tmp_path: Path, manifes
 def test_an_unlocked_resident_is_proven_again_for_each_handoff(tmp_path: Path, manifest: Manifest) -> None:
     loader = unlocked(tmp_path)
     load(loader, manifest)
-    close_all(loader.descriptors(manifest.id))
+    close_all(handed(loader, manifest.id))
     flip(blob_path(tmp_path, manifest.files[2].blob.sha256), CHUNK_BYTES + 1)
     before = open_files()
     with pytest.raises(CachedError, match=r"model\.safetensors") as caught:
-        loader.descriptors(manifest.id)
+        handed(loader, manifest.id)
     assert caught.value.problem.kind is ErrorKind.DATA_LOSS
     assert loader.residents() == () and open_files() == before - 2
 
@@ -281,7 +286,7 @@ def test_no_receiver_can_reopen_a_descriptor_for_writing_where_that_is_said(
     path = blob_path(tmp_path, manifest.distinct_blobs()[0].sha256)
     path.chmod(0o666)
     os.close(os.open(path, os.O_RDWR))  # the store's own mount lets it
-    (fd, *others) = loader.descriptors(manifest.id)
+    (fd, *others) = handed(loader, manifest.id)
     os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY))
     if loader.write_protected():
         _check_nothing_can_be_written(fd)

@@ -15,9 +15,10 @@ from residentkit import MIB, content, put_artifact
 from cached.model import HOST, ArtifactId, CachedError, ErrorKind, Manifest, Problem, Resident
 from cached.standby import Standby, device_sockets
 from preloader.groups import own_groups
-from preloader.loader import LoadCancelled, Loader
+from preloader.loader import Loader
 from preloader.memory.host import HostMemory
-from preloader.serve import DescriptorServer, StandbyService, new_server
+from preloader.services import DescriptorServer, StandbyService, new_server
+from preloader.standing import LoadCancelled
 
 # Together no more than anybody may lock.
 SMALL = content(9_000, seed=4)
@@ -40,7 +41,7 @@ class Served:
 
 def serve(folder: Path, loader: Loader, memory: HostMemory, manifest: Manifest) -> Served:
     DescriptorServer(loader).start(folder / "host.fds.sock")
-    server = new_server(StandbyService(loader, memory, folder), folder / "host.sock")
+    server = new_server(StandbyService(loader), folder / "host.sock")
     return Served(loader, server, folder / "host.sock", manifest)
 
 
@@ -238,7 +239,7 @@ class ScriptedLoader(Loader):
         self.cancelled = cancel.wait(10)
         raise LoadCancelled
 
-    def descriptors(self, artifact):
+    def descriptors(self, artifact, uid):
         assert self.problem is not None
         raise CachedError(self.problem)
 
