@@ -1,7 +1,7 @@
-"""The ``preloader`` command: a parent that keeps one standby process alive for each device.
+"""The ``preloader`` command: a parent that keeps its children alive, and GPUs' memory by its descriptors.
 
-Owns the children's lives: starts them, starts them again when they end, ends them when it is told to. Holds
-no model, knows no driver, stays small; what a child tells of what it has locked is handed to its successor.
+Owns the children's lives: starts them, starts them again when they end, ends them when it is told to. Knows
+no driver and stays small; what the host's standby tells of what it has locked is handed to its successor.
 """
 
 from __future__ import annotations
@@ -11,22 +11,20 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import selectors
 import signal
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import NoReturn
 
 from preloader import log as logs
+from preloader.child import TALKING, Child, allow_open_files
+from preloader.gpus import Gpus
 
-FIRST_PAUSE_S = 0.2
-LONGEST_PAUSE_S = 5.0
-HEALTHY_AFTER_S = 10.0
-END_TIMEOUT_S = 5.0
 LOOK_EVERY_S = 1.0
 LOCK_TRIES = 5
 LOCK_PAUSE_S = 0.02
@@ -36,61 +34,32 @@ MAX_SOCKET_PATH_CHARS = 100
 log = logging.getLogger("preloader")
 
 
-@dataclass(slots=True)
-class Child:
-    """One device's standby, over all the processes that it will be."""
+class Host(Child):
+    """The host's standby. What it has locked it says, for its successor to be told."""
 
-    device: str
-    command: tuple[str, ...]
-    process: subprocess.Popen[bytes] | None = None
-    vouched: set[str] = field(default_factory=set)
-    started_at: float = 0.0
-    start_at: float = 0.0
-    pause_s: float = FIRST_PAUSE_S
-    unread: bytes = b""
+    def __init__(self, command: tuple[str, ...]) -> None:
+        super().__init__("host standby")
+        self._command = command
+        self._vouched: set[str] = set()
 
-    def start(self, now: float) -> IO[bytes]:
-        """Start a process; returns the pipe that it talks through."""
-        vouched = _memory_file("".join(f"{digest}\n" for digest in sorted(self.vouched)))
+    def spawn(self) -> subprocess.Popen[bytes]:
+        vouched = _memory_file("".join(f"{digest}\n" for digest in sorted(self._vouched)))
         try:
-            self.process = subprocess.Popen(
-                (*self.command, "--vouched-fd", str(vouched)),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                pass_fds=(vouched,),
-                start_new_session=True,  # a terminal's Ctrl-C is for the parent
-            )
+            command = (*self._command, "--vouched-fd", str(vouched))
+            return subprocess.Popen(command, pass_fds=(vouched,), **TALKING)
         finally:
             os.close(vouched)
-        self.started_at, self.unread = now, b""
-        assert self.process.stdout is not None
-        return self.process.stdout
 
-    def heard(self, data: bytes) -> None:
-        """What it locked and unlocked."""
-        *lines, self.unread = (self.unread + data).split(b"\n")
-        for line in lines:
-            digest = line[1:].decode("ascii", "replace")
-            if line.startswith(b"+"):
-                self.vouched.add(digest)
-            else:
-                self.vouched.discard(digest)
-
-    def ended(self, now: float) -> None:
-        """Its process is gone: when to try again."""
-        assert self.process is not None
-        status = _reap(self.process)
-        if now - self.started_at >= HEALTHY_AFTER_S:
-            self.pause_s = FIRST_PAUSE_S
-        self.start_at = now + self.pause_s
-        said = logs.fields(device=self.device, status=status, again_in_s=self.pause_s)
-        log.warning("standby ended", extra=said)
-        self.pause_s = min(LONGEST_PAUSE_S, self.pause_s * 2)
-        self.process = None
+    def heard(self, line: bytes) -> None:
+        digest = line[1:].decode("ascii", "replace")
+        if line.startswith(b"+"):
+            self._vouched.add(digest)
+        else:
+            self._vouched.discard(digest)
 
 
 class Parent:
-    """Every device's child, until a signal says otherwise."""
+    """Every child, until a signal says otherwise."""
 
     def __init__(self, children: list[Child]) -> None:
         self._children = children
@@ -102,18 +71,22 @@ class Parent:
         self._listen_to_signals()
         try:
             while not self._stopping:
-                self._start_due(time.monotonic())
-                for key, _ in self._selector.select(LOOK_EVERY_S if self._all_run() else FIRST_PAUSE_S / 4):
+                self._look(time.monotonic())
+                for key, _ in self._selector.select(self._pause_s(time.monotonic())):
                     self._read(key)
         finally:
-            self._end_children()
+            for child in self._children:
+                child.close()
 
-    def _all_run(self) -> bool:
-        return all(child.process for child in self._children)
+    def _pause_s(self, now: float) -> float:
+        due = [child.start_at - now for child in self._children if child.process is None]
+        return max(0.0, min([LOOK_EVERY_S, *due]))
 
-    def _start_due(self, now: float) -> None:
+    def _look(self, now: float) -> None:
         for child in self._children:
-            if child.process is None and child.start_at <= now:
+            if child.process is not None:
+                child.look(now)
+            elif child.start_at <= now:
                 self._selector.register(child.start(now), selectors.EVENT_READ, child)
 
     def _read(self, key: selectors.SelectorKey) -> None:
@@ -122,7 +95,7 @@ class Parent:
         if child is None:
             self._stopping = True
         elif data:
-            child.heard(data)
+            child.read(data, time.monotonic())
         else:
             self._selector.unregister(key.fileobj)
             child.ended(time.monotonic())
@@ -138,13 +111,6 @@ class Parent:
         self._selector.register(ours, selectors.EVENT_READ, None)
         self._sockets = (ours, theirs)
 
-    def _end_children(self) -> None:
-        running = [child.process for child in self._children if child.process]
-        for process in running:
-            process.terminate()
-        for process in running:
-            _reap(process)
-
 
 def main() -> None:
     options = _arguments()
@@ -159,19 +125,27 @@ def main() -> None:
         lock = _take_lock(sockets / "preloader.lock")
     except OSError as error:
         _fail(f"{sockets} cannot be used: {error.strerror}", "give a --run-dir that this user may write to")
+    allow_open_files()  # each block of GPU memory is one
+    # Sockets come into being as 0600: only who may be root here, or this user, talks to a standby.
+    os.umask(0o177)
+    # A preloader that was killed left them: what has no device any more has no socket.
+    _remove_sockets(sockets)
     log.info("preloader runs", extra=logs.fields(pid=os.getpid(), devices=options.devices))
-    Parent([_child(device, options) for device in options.devices]).run()
-    for device in options.devices:
-        for name in (f"{device}.sock", f"{device}.fds.sock"):
-            (sockets / name).unlink(missing_ok=True)
+    Parent(_children(options)).run()
+    _remove_sockets(sockets)
     os.close(lock)
     log.info("preloader ended")
+
+
+def _remove_sockets(sockets: Path) -> None:
+    for path in sockets.glob("*.sock"):
+        path.unlink(missing_ok=True)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="preloader", description="Keeps models in memory for the daemon.")
     serve = parser.add_subparsers(required=True, metavar="serve").add_parser(
-        "serve", help="run the standbys", description="Runs one standby process for each device."
+        "serve", help="run the standbys", description="Keeps models in the memory of each device."
     )
     run_dir, data_dir = (
         _default("CACHED_RUN_DIR", "/run/cached"),
@@ -179,7 +153,19 @@ def _arguments() -> argparse.Namespace:
     )
     serve.add_argument("--run-dir", type=Path, default=run_dir, help="sockets (default %(default)s)")
     serve.add_argument("--data-dir", type=Path, default=data_dir, help="the store (default %(default)s)")
-    serve.add_argument("--devices", type=_devices, default=["host"], help="comma-separated; only host so far")
+    serve.add_argument(
+        "--devices",
+        type=_devices,
+        default=["host", "cuda:all"],
+        metavar="LIST",
+        help="comma-separated: host, cuda:all, cuda:<uuid>, cuda:<index> (default host,cuda:all)",
+    )
+    serve.add_argument(
+        "--dev-dir",
+        type=Path,
+        default=Path("/dev"),
+        help="where nvidia0, nvidia1, … are (default %(default)s)",
+    )
     serve.add_argument(
         "--same-group",
         action="store_true",
@@ -195,16 +181,24 @@ def _default(variable: str, path: str) -> Path:
 def _devices(text: str) -> list[str]:
     devices = list(dict.fromkeys(text.split(",")))
     for device in devices:
-        if device != "host":
-            raise argparse.ArgumentTypeError(f"{device!r} is not supported by this version; use host")
+        if not re.fullmatch("host|cuda:(all|[0-9]{1,4}|(GPU|MIG)-[0-9A-Za-z-]{1,60})", device):
+            hint = "use host, cuda:all, cuda:<uuid> or cuda:<index>"
+            raise argparse.ArgumentTypeError(f"{device!r} is not a device; {hint}")
     return devices
 
 
-def _child(device: str, options: argparse.Namespace) -> Child:
-    # -P: no code from whatever directory this was started in.
-    command = [sys.executable, "-P", "-m", "preloader.serve", "--device", device]
-    command += ["--data-dir", str(options.data_dir.absolute()), "--run-dir", str(options.run_dir.absolute())]
-    return Child(device, (*command, *(["--same-group"] if options.same_group else [])))
+def _children(options: argparse.Namespace) -> list[Child]:
+    data_dir, run_dir = options.data_dir.absolute(), options.run_dir.absolute()
+    gpus = tuple(device for device in options.devices if device != "host")
+    children: list[Child] = []
+    if len(gpus) < len(options.devices):
+        # -P: no code from whatever directory this was started in.
+        command = [sys.executable, "-P", "-m", "preloader.serve", "--device", "host"]
+        command += ["--data-dir", str(data_dir), "--run-dir", str(run_dir)]
+        children.append(Host((*command, *(["--same-group"] if options.same_group else []))))
+    if gpus:
+        children.append(Gpus(gpus, run_dir / "standby", data_dir, options.dev_dir.absolute()))
+    return children
 
 
 def _take_lock(path: Path) -> int:
@@ -235,19 +229,6 @@ def _memory_file(text: str) -> int:
         file.write(text.encode())
     os.lseek(fd, 0, os.SEEK_SET)
     return fd
-
-
-def _reap(process: subprocess.Popen[bytes]) -> int:
-    """Wait for the end, bounded; its exit status (negative: the signal)."""
-    try:
-        status = process.wait(END_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        status = process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()
-    return status
 
 
 def _fail(message: str, hint: str) -> NoReturn:
