@@ -103,9 +103,7 @@ class Gpus:
 
     def xid(self, uuid: str, xid: int, instance: int | None = None) -> None:
         """A GPU reports a critical error; of one of its instances, where its "gi" is given."""
-        line = json.dumps({"uuid": uuid, "xid": xid, "gi": instance})
-        with (self.directory / "xids").open("a") as xids:
-            xids.write(line + "\n")
+        gpustate.report(self.directory, uuid, xid, instance)
 
     def vanish(self, uuid: str) -> dict[str, Any]:
         """A GPU falls off the bus, or an instance is destroyed. Returns what ``come_back`` wants."""

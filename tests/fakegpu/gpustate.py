@@ -130,13 +130,17 @@ def take(directory: Path, uuid: str, size_bytes: int, kind: str = "mem") -> int 
 def held(directory: Path, uuid: str) -> list[tuple[str, int]]:
     """Name and size of all memory that somebody holds. The lock is held."""
     gpu = device(directory, uuid)
-    names = sorted(entry.name for entry in _place(directory, uuid).iterdir())
-    lost = bool(names) and nobody_has_open(node(directory, gpu))
-    sizes = {name: 0 if lost else _size_if_held(_place(directory, uuid) / name) for name in names}
-    for name, size_bytes in sizes.items():
-        if not size_bytes:
-            (_place(directory, uuid) / name).unlink()
-    return [(name, size_bytes) for name, size_bytes in sizes.items() if size_bytes]
+    place = _place(directory, uuid)
+    paths = [f"{place}/{name}" for name in sorted(os.listdir(place))]
+    lost = bool(paths) and nobody_has_open(node(directory, gpu))
+    found = []
+    for path in paths:
+        size_bytes = 0 if lost else _size_if_held(path)
+        if size_bytes:
+            found.append((os.path.basename(path), size_bytes))
+        else:
+            os.unlink(path)
+    return found
 
 
 def used_bytes(directory: Path, gpu: dict[str, Any]) -> int:
@@ -160,7 +164,7 @@ def _place(directory: Path, uuid: str) -> Path:
     return directory / "memory" / uuid
 
 
-def _size_if_held(path: Path) -> int:
+def _size_if_held(path: str) -> int:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,7 +175,15 @@ def _size_if_held(path: Path) -> int:
         os.close(fd)
 
 
-# --- what fails ---------------------------------------------------------------------------------------
+# --- what devices report, and what fails ---------------------------------------------------------------
+
+
+def report(directory: Path, uuid: str, xid: int, instance: int | None = None) -> None:
+    """A GPU's critical error; of one of its instances, where its "gi" is given. They are its GPU's."""
+    gpu = device(directory, uuid)
+    line = {"uuid": gpu.get("parent", uuid), "xid": xid, "gi": gpu.get("gi", instance)}
+    with (directory / "xids").open("a") as xids:
+        xids.write(json.dumps(line) + "\n")
 
 
 def fault(directory: Path, call: str) -> dict[str, Any]:

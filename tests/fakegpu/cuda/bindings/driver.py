@@ -271,8 +271,9 @@ def _visible(directory: Path) -> list[str]:
     for word in filter(None, named.split(",")):
         known = [usual[int(word)]] if word.isdecimal() and int(word) < len(usual) else []
         if not word.isdecimal():
+            known = [first for gpu, first in zip(gpus, usual, strict=True) if gpu["uuid"].startswith(word)]
             instances = [instance["uuid"] for gpu in gpus for instance in gpu.get("mig", ())]
-            known = [uuid for uuid in (*usual, *instances) if uuid.startswith(word)]
+            known += [uuid for uuid in instances if uuid.startswith(word)]
         if not known:
             break  # the real one, too, ends at the first that it does not know
         found.append(known[0])
@@ -326,8 +327,11 @@ def _directory() -> Path:
 @_call()
 def cuInit(flags: int) -> None:
     global _process
-    known = _process is not None and (_process.pid, _process.directory) == (os.getpid(), _directory())
-    if not known:
+    if _process is not None:
+        _here()  # a forked child of a process that uses CUDA never gets it to work
+    if _process is None or _process.directory != _directory():
+        for node in _process.nodes if _process is not None else ():
+            os.close(node)
         _process = _Process(_directory())
         _current.context = CUcontext(0)
 
@@ -721,8 +725,10 @@ def _ask(
             asked.error = late
         elif here.allowed(device, size) & access != access:
             asked.error = here.dead = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+            gpustate.report(here.directory, here.uuids[0], xid=31)
         elif here.dead == CUresult.CUDA_SUCCESS:
             work()
 
-    asked.waiting.append(do)
-    asked.asked += 1
+    with asked.lock:
+        asked.waiting.append(do)
+        asked.asked += 1
