@@ -707,7 +707,9 @@ class World:
             assert state.is_verified(artifact) and not self.claims_of(artifact), "a leak"
         for (_, artifact), residency in state.residencies.items():
             failed = residency.step in (t.ResidentStep.FAILED, t.ResidentStep.REFUSED)
-            assert failed == (residency.problem is not None) == (not residency.items)
+            releasing = residency.step is t.ResidentStep.RELEASING
+            assert failed == (not residency.items) and (residency.problem is None or failed or releasing)
+            assert not failed or residency.problem is not None
             assert not failed or artifact in state.artifacts, "a leak"
         for artifact, found in state.artifacts.items():
             if found.step is t.DiskStep.VERIFIED:

@@ -180,14 +180,14 @@ def test_a_cold_acquire_resolves_fetches_loads_and_is_granted() -> None:
     bench.fetched(A)
     assert bench.tick() == [t.Load(HOST, ID[A.ref])]
     bench.loaded(A)
-    assert bench.tick() == [t.Grant(lease)]
+    assert bench.tick() == [t.Grant(lease, HOST)]
 
 
 def test_a_warm_acquire_uses_the_note_and_asks_no_origin() -> None:
     bench = Bench()
     bench.recover(A)
     lease = bench.claim(A)
-    assert bench.tick() == [t.Grant(lease)]
+    assert bench.tick() == [t.Grant(lease, DISK)]
 
 
 def test_a_fresh_acquire_asks_the_origin_first() -> None:
@@ -196,7 +196,7 @@ def test_a_fresh_acquire_asks_the_origin_first() -> None:
     lease = bench.claim(A, fresh=True)
     assert bench.tick() == [t.Resolve(A.ref)]
     bench.happen(t.Resolved(A))
-    assert bench.tick() == [t.Grant(lease)]
+    assert bench.tick() == [t.Grant(lease, DISK)]
 
 
 def test_many_claims_cause_one_resolution_one_fetch_one_load() -> None:
@@ -209,16 +209,16 @@ def test_many_claims_cause_one_resolution_one_fetch_one_load() -> None:
     bench.fetched(A)
     assert bench.tick() == [t.Load(HOST, ID[A.ref])]
     bench.loaded(A)
-    assert bench.tick() == [t.Grant(lease) for lease in leases]
+    assert bench.tick() == [t.Grant(lease, HOST) for lease in leases]
 
 
 def test_an_old_note_is_used_at_once_and_refreshed_behind_once() -> None:
     bench = Bench()
     bench.recover(A, old_s=REFRESH_AFTER_S)
     leases = [bench.claim(A), bench.claim(A)]
-    assert bench.tick() == [t.Grant(leases[0]), t.Refresh(A.ref), t.Grant(leases[1])]
+    assert bench.tick() == [t.Grant(leases[0], DISK), t.Refresh(A.ref), t.Grant(leases[1], DISK)]
     later = bench.claim(A)
-    assert bench.tick() == [t.Grant(later)], "the note counts as new while it is refreshed"
+    assert bench.tick() == [t.Grant(later, DISK)], "the note counts as new while it is refreshed"
 
 
 def test_a_refresh_that_finds_a_newer_revision_changes_nothing_until_it_is_proven() -> None:
@@ -231,9 +231,9 @@ def test_a_refresh_that_finds_a_newer_revision_changes_nothing_until_it_is_prove
     bench.tick()
     assert bench.tick() == [] and bench.state.notes[A.ref].revision == A.key
     lease = bench.claim(A)
-    assert bench.tick() == [t.Grant(lease)]
+    assert bench.tick() == [t.Grant(lease, DISK)]
     bench.fetched(newer)
-    assert bench.tick() == [t.Grant(refresh)]
+    assert bench.tick() == [t.Grant(refresh, DISK)]
     assert bench.state.notes[A.ref].revision == newer.key
 
 
@@ -489,7 +489,7 @@ def test_claims_that_are_more_than_the_disk_may_hold_stay_and_cause_nothing() ->
     bench.happen(t.CapacitySet(DISK, 40))
     assert bench.tick() == [] and bench.state.disk.draining
     lease = bench.claim(A)
-    assert bench.tick() == [t.Grant(lease)], "what is there is still given"
+    assert bench.tick() == [t.Grant(lease, DISK)], "what is there is still given"
     bench.happen(t.ClaimEnded(ClaimId("pin")))
     (evict,) = bench.tick()
     assert isinstance(evict, t.Evict) and evict.artifact == ID[B.ref]
@@ -833,7 +833,7 @@ def test_what_a_standby_still_holds_is_not_loaded_again() -> None:
     bench.recover(A, claims=(held_claim("lease", A, HOST),))
     bench.standby(A)
     lease = bench.claim(A, device=HOST)
-    assert bench.tick() == [t.Grant(lease)]
+    assert bench.tick() == [t.Grant(lease, HOST)]
 
 
 def test_a_standby_that_tells_again_does_not_disturb_what_is_under_way() -> None:
@@ -896,7 +896,7 @@ def test_a_claim_that_comes_in_between_saves_the_artifact() -> None:
     bench.tick()
     lease = bench.claim(A)
     bench.happen(t.Released(HOST, ID[A.ref]))
-    assert bench.tick() == [t.Grant(lease)]
+    assert bench.tick() == [t.Grant(lease, DISK)]
     bench.happen(t.ClaimEnded(lease))
     assert bench.tick() == []
 
@@ -928,7 +928,7 @@ def test_a_ttl_lease_ends_unless_it_is_renewed() -> None:
     bench = Bench()
     bench.recover(A)
     lease = bench.claim(A, expires_at=START + 10)
-    assert bench.tick() == [t.Grant(lease)]
+    assert bench.tick() == [t.Grant(lease, DISK)]
     bench.happen(t.Renewed(lease, START + 20))
     bench.now += 10
     assert bench.tick() == []
@@ -968,7 +968,7 @@ def test_corrupt_content_is_withdrawn_at_once_and_fetched_anew() -> None:
     assert bench.tick() == [t.Fetch(A, background=False)]
     bench.fetched(A)
     assert A.ref not in bench.state.withdrawn
-    assert bench.tick() == [t.Grant(lease), t.Load(HOST, ID[A.ref])]
+    assert bench.tick() == [t.Grant(lease, DISK), t.Load(HOST, ID[A.ref])]
 
 
 def test_a_replica_that_runs_on_corrupt_content_keeps_its_lease_and_causes_no_fetch() -> None:
@@ -991,7 +991,7 @@ def test_what_is_committed_just_before_a_quarantine_takes_it_along_is_fetched_ag
     bench.happen(t.Corrupt(digest("a"), "bad"))
     bench.tick()
     bench.fetched(both)
-    assert bench.tick() == [t.Grant(lease)]
+    assert bench.tick() == [t.Grant(lease, DISK)]
     bench.claim(both, ClaimKind.PIN)
     bench.happen(t.Quarantined((ID[A.ref], artifact_of(both).id), ()))
     assert bench.state.disk.ledger.used_bytes == 0
@@ -1047,7 +1047,7 @@ def test_a_restart_keeps_leases_on_what_they_were_answered_with() -> None:
 def test_a_prefetch_that_a_crash_interrupted_goes_on() -> None:
     bench = Bench()
     bench.recover(B, claims=(make_claim("p", A, ClaimKind.PREFETCH), make_claim("q", B, ClaimKind.PREFETCH)))
-    assert bench.tick() == [t.Grant(ClaimId("q")), t.Resolve(A.ref)]
+    assert bench.tick() == [t.Grant(ClaimId("q"), DISK), t.Resolve(A.ref)]
 
 
 # --- the simulated node ---------------------------------------------------------------------

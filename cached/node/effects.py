@@ -103,6 +103,8 @@ class Effects:
                 self._loads[device, artifact] = task
             case t.Release(device, artifact, why):
                 self.core.spawn(self._release(device, artifact, why), f"release {artifact} from {device}")
+            case t.Place() | t.Unplace():
+                pass
             case t.CannotFetch(_, problem) | t.CannotLoad(_, _, problem):
                 self._tell(problem)
             case t.Grant(claim):

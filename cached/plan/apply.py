@@ -31,12 +31,17 @@ from cached.model import (
     note_of,
 )
 from cached.plan import types as t
-from cached.plan.ledger import Item
-from cached.plan.state import Place, Proven, Spot, State, aside_item, transfer_items
+from cached.plan.order import heat
+from cached.plan.state import POOLS, Place, Proven, Spot, State, aside_item, transfer_items
 
 FIRST_BACKOFF_S = 1.0
 LAST_BACKOFF_S = 300.0
 ORIGIN_SETTLES_S = 30.0
+SETTLES_S = 1.0
+"""A GPU's figures come a few times a second; for so long they may be older than a load or a release."""
+FORGIVEN_S = 3600.0
+"""For each of these that an artifact stood on a GPU, one time that it was thrown out is forgotten."""
+_FAILED = (t.ResidentStep.FAILED, t.ResidentStep.REFUSED)
 
 
 def backoff_s(rounds: int) -> float:
@@ -102,21 +107,23 @@ def _work_in(state: State, event: t.Event, now: float) -> None:
             state.purging.discard(aside)
             state.disk.ledger.remove([aside_item(state.asides.pop(aside))])
         case t.StandbySeen(inventory, capacity_bytes):
-            _standby_seen(state, inventory, capacity_bytes)
+            _standby_seen(state, inventory, capacity_bytes, now)
         case t.GpuTold(device, gpu):
             _gpu_told(state, device, gpu)
         case t.GpusClaimed(by):
-            state.claimed_gpus = dict(by)
+            _gpus_claimed(state, dict(by), now)
         case t.HolderReady(claim_id):
             state.starting.pop(claim_id, None)
         case t.StandbyGone(device):
             _standby_gone(state, device, now)
         case t.Loaded(device, resident):
-            _loaded(state, device, resident)
+            _loaded(state, device, resident, now)
         case t.LoadFailed(device, artifact, problem):
             _load_failed(state, device, artifact, problem, now)
         case t.Released(device, artifact):
-            _released(state, device, artifact)
+            _released(state, device, artifact, now)
+        case t.HeldOutside(device, artifact, problem):
+            _held_outside(state, device, artifact, problem)
         case t.Started(action):
             _started(state, action, now)
         case _:
@@ -210,16 +217,18 @@ def _ask_again(state: State, claim: Claim) -> None:
     artifact = state.proven.get(claim.revision) if claim.revision else None
     if artifact is not None:
         _retry_load(state, claim.device, artifact)
+        if claim.kind is ClaimKind.PIN:
+            state.thrown.pop((claim.device, artifact), None)
 
 
 def _retry_load(state: State, device: Device, artifact: ArtifactId) -> None:
     residency = state.residencies.get((device, artifact))
-    if residency is not None and residency.step in (t.ResidentStep.FAILED, t.ResidentStep.REFUSED):
+    if residency is not None and residency.step in _FAILED:
         del state.residencies[device, artifact]
 
 
 def _retry_loads(state: State, artifact: ArtifactId) -> None:
-    for device in state.places:
+    for device, _ in state.devices_of(artifact):
         _retry_load(state, device, artifact)
 
 
@@ -235,8 +244,14 @@ def _claim_ended(state: State, claim_id: ClaimId, now: float) -> None:
         return
     if claim_id in state.answered and claim.artifact is not None:
         _used(state, claim.artifact, now)  # until this moment
+        _used_on(state, (claim.device, claim.artifact), now, hits=0)
     state.unfile(claim)
     state.answered.discard(claim_id)
+    state.starting.pop(claim_id, None)
+    state.members.pop(claim_id, None)
+    if claim.kind is ClaimKind.PIN and claim.device in POOLS:
+        for member in [m for m, pool in state.members.items() if pool == claim_id]:
+            _claim_ended(state, member, now)
     if claim.revision is not None:
         _forget_unstarted(state, claim.revision)
     if claim.revision is None and claim.ref not in state.unresolved:
@@ -262,6 +277,14 @@ def _used(state: State, artifact_id: ArtifactId, now: float) -> None:
     if proven is not None:
         used = replace(proven.artifact, last_used_at=max(now, proven.artifact.last_used_at))
         state.put_artifact(replace(proven, artifact=used))
+
+
+def _used_on(state: State, spot: Spot, now: float, hits: int) -> None:
+    """Somebody took it from this device (one of ``hits``), or had it until now."""
+    residency = state.residencies.get(spot)
+    if residency is not None and residency.step is t.ResidentStep.RESIDENT:
+        counted = heat(residency.hits, residency.last_used_at, now) + hits
+        state.residencies[spot] = replace(residency, hits=counted, last_used_at=now)
 
 
 # --- resolution and transfer ----------------------------------------------------------------
@@ -366,6 +389,8 @@ def _evicted(state: State, artifact_id: ArtifactId) -> None:
     proven = state.drop_artifact(artifact_id)
     state.disk.ledger.remove(proven.artifact.blobs if proven else ())
     _retry_loads(state, artifact_id)
+    for spot in [spot for spot in state.thrown if spot[1] == artifact_id]:
+        del state.thrown[spot]
 
 
 def _withdraw(state: State, action: t.Quarantine) -> None:
@@ -414,22 +439,26 @@ def _add_leftover(state: State, revision: Revision, ran_at: float) -> None:
 # --- devices --------------------------------------------------------------------------------
 
 
-def resident_items(state: State, resident: Resident) -> list[Item]:
-    """What a resident counts as: its contents where they are known, else itself."""
+def _resident(state: State, device: Device, resident: Resident, now: float) -> t.Residency:
+    """The record of what a standby tells. It counts as its contents where they are known, else as itself."""
     proven = state.artifacts.get(resident.artifact)
-    return list(proven.artifact.blobs) if proven else [(resident.artifact, resident.size_bytes)]
+    items = state.items_on(device, resident.artifact) if proven else ()
+    before = state.residencies.get((device, resident.artifact))
+    if before is None or before.step is not t.ResidentStep.RESIDENT:
+        used_at = proven.artifact.last_used_at if proven else 0.0
+        before = t.Residency(t.ResidentStep.RESIDENT, last_used_at=used_at, since=now)
+    return replace(before, locked=resident.locked, items=items or ((resident.artifact, resident.size_bytes),))
 
 
-def _standby_seen(state: State, inventory: Inventory, capacity_bytes: int) -> None:
+def _standby_seen(state: State, inventory: Inventory, capacity_bytes: int, now: float) -> None:
     device = inventory.device
     under_way = _under_way(state, inventory)
+    told = {(device, r.artifact): _resident(state, device, r, now) for r in inventory.residents}
     _clear_device(state, device)
     place = state.places[device] = Place(capacity_bytes, inventory=inventory)
-    for resident in inventory.residents:
-        state.residencies[device, resident.artifact] = t.Residency(
-            t.ResidentStep.RESIDENT, resident.locked, items=tuple(resident_items(state, resident))
-        )
+    state.residencies.update(told)
     state.residencies.update(under_way)
+    _retry_pools(state)
     for spot, residency in state.residencies.items():
         if spot[0] == device:
             place.ledger.add(residency.items)
@@ -439,7 +468,33 @@ def _standby_seen(state: State, inventory: Inventory, capacity_bytes: int) -> No
 def _gpu_told(state: State, device: Device, gpu: Gpu) -> None:
     place = state.places.get(device)
     if place is not None and place.inventory is not None:
+        unfit_before = place.unfit_reason
         place.inventory = replace(place.inventory, gpu=gpu)
+        if place.unfit_reason != unfit_before:
+            _retry_device(state, device)
+            _refile_device(state, device)
+
+
+def _gpus_claimed(state: State, by: dict[Device, str], now: float) -> None:
+    before, state.claimed_gpus = state.claimed_gpus, by
+    changed = {device for device in {*by, *(before or ())} if (before or {}).get(device) != by.get(device)}
+    for device in changed:
+        state.claimed_since[device] = now if before is not None else 0.0
+        _retry_device(state, device)
+    state.claimed_since = {device: state.claimed_since[device] for device in by}
+
+
+def _retry_device(state: State, device: Device) -> None:
+    """What may stand on this device has changed: what was told of it before holds no longer."""
+    for spot, residency in list(state.residencies.items()):
+        if spot[0] == device and residency.step in _FAILED:
+            del state.residencies[spot]
+    _retry_pools(state)
+
+
+def _retry_pools(state: State) -> None:
+    for spot in [spot for spot in state.residencies if spot[0] in POOLS]:
+        del state.residencies[spot]
 
 
 def _under_way(state: State, inventory: Inventory) -> dict[Spot, t.Residency]:
@@ -454,7 +509,7 @@ def _under_way(state: State, inventory: Inventory) -> dict[Spot, t.Residency]:
         for spot, residency in state.residencies.items()
         if spot[0] == inventory.device
         and residency.step is not t.ResidentStep.RESIDENT
-        and not (residency.problem is not None and spot[1] in told)
+        and not (residency.step in _FAILED and spot[1] in told)
     }
 
 
@@ -473,21 +528,36 @@ def _clear_device(state: State, device: Device) -> None:
 def _refile_device(state: State, device: Device) -> None:
     """File anew the claims that stand on the device and no longer do, or do now."""
     for claim in list(state.claims.values()):
-        if claim.device == device and claim.revision is not None and claim.artifact is not None:
-            lacks = state.unloaded.holds((device, claim.artifact), claim.id)
-            if lacks == state.is_resident(device, claim.artifact):
-                state.refile(claim.id)
+        _refile_if_moved(state, claim, device)
 
 
-def _loaded(state: State, device: Device, resident: Resident) -> None:
+def _refile_spot(state: State, device: Device, artifact: ArtifactId) -> None:
+    for claim_id in list(state.claimed.get(artifact, ())):
+        _refile_if_moved(state, state.claims[claim_id], device)
+
+
+def _refile_if_moved(state: State, claim: Claim, device: Device) -> None:
+    if claim.device != device and device not in claim.prefers:
+        return
+    if claim.revision is not None and claim.artifact is not None:
+        filed = state.unloaded.holds((claim.device, claim.artifact), claim.id)
+        if filed != state.lacks(claim, claim.artifact):
+            state.refile(claim.id)
+
+
+def _loaded(state: State, device: Device, resident: Resident, now: float) -> None:
     residency = state.residencies.get((device, resident.artifact))
     if residency is None or residency.step is not t.ResidentStep.LOADING:
         return
     state.residencies[device, resident.artifact] = replace(
-        residency, step=t.ResidentStep.RESIDENT, locked=resident.locked, rounds=0
+        residency, step=t.ResidentStep.RESIDENT, locked=resident.locked, rounds=0, last_used_at=now, since=now
     )
-    for claim_id in state.unloaded.claims((device, resident.artifact)):
-        state.refile(claim_id)
+    place = state.places[device]
+    if now >= place.settles_at:
+        place.taken_bytes = 0
+    place.taken_bytes += sum(size for _, size in residency.items)
+    place.settles_at = now + SETTLES_S
+    _refile_spot(state, device, resident.artifact)
 
 
 def _load_failed(state: State, device: Device, artifact: ArtifactId, problem: Problem, now: float) -> None:
@@ -504,11 +574,21 @@ def _load_failed(state: State, device: Device, artifact: ArtifactId, problem: Pr
     state.residencies[device, artifact] = t.Residency(after, False, rounds, retry_at, problem)
 
 
-def _released(state: State, device: Device, artifact: ArtifactId) -> None:
+def _released(state: State, device: Device, artifact: ArtifactId, now: float) -> None:
     residency = state.residencies.get((device, artifact))
     if residency is not None and residency.step is t.ResidentStep.RELEASING:
         del state.residencies[device, artifact]
-        state.places[device].ledger.remove(residency.items)
+        place = state.places[device]
+        place.ledger.remove(residency.items)
+        if now >= place.settles_at:
+            place.taken_bytes = 0
+        place.settles_at = now + SETTLES_S
+
+
+def _held_outside(state: State, device: Device, artifact: ArtifactId, problem: Problem) -> None:
+    residency = state.residencies.get((device, artifact))
+    if residency is not None and residency.step is t.ResidentStep.RELEASING:
+        state.residencies[device, artifact] = replace(residency, problem=problem)
 
 
 # --- actions that have begun ----------------------------------------------------------------
@@ -536,14 +616,18 @@ def _started(state: State, action: t.Action, now: float) -> None:
             state.purging.add(aside)
         case t.Load(device, artifact):
             _load_started(state, device, artifact)
-        case t.Release(device, artifact):
-            _release_started(state, device, artifact)
+        case t.Release():
+            _release_started(state, action, now)
+        case t.Place(claim_id, device):
+            _placed(state, claim_id, device)
+        case t.Unplace(claim_id, device):
+            _claim_ended(state, member_id(claim_id, device), now)
         case t.CannotFetch(key, problem):
             _fetch_failed(state, key, problem, now)
         case t.CannotLoad(device, artifact, problem):
             _cannot_load(state, device, artifact, problem, now)
-        case t.Grant(claim_id):
-            _granted(state, claim_id, now)
+        case t.Grant(claim_id, device):
+            _granted(state, claim_id, device, now)
         case t.Refuse(claim_id) | t.Expire(claim_id):
             _claim_ended(state, claim_id, now)
         case t.Refresh(ref):
@@ -563,7 +647,7 @@ def _fetch_started(state: State, revision: Revision, background: bool) -> None:
 
 
 def _load_started(state: State, device: Device, artifact: ArtifactId) -> None:
-    items = tuple(state.artifacts[artifact].artifact.blobs)
+    items = state.items_on(device, artifact)
     before = state.residencies.get((device, artifact))
     state.places[device].ledger.add(items)
     state.residencies[device, artifact] = t.Residency(
@@ -571,12 +655,29 @@ def _load_started(state: State, device: Device, artifact: ArtifactId) -> None:
     )
 
 
-def _release_started(state: State, device: Device, artifact: ArtifactId) -> None:
-    residency = state.residencies[device, artifact]
-    state.residencies[device, artifact] = replace(residency, step=t.ResidentStep.RELEASING)
+def _release_started(state: State, release: t.Release, now: float) -> None:
+    spot = release.device, release.artifact
+    residency = state.residencies[spot]
+    state.residencies[spot] = replace(residency, step=t.ResidentStep.RELEASING)
+    if release.thrown:
+        before = state.thrown.get(spot, t.Thrown(0, now))
+        forgiven = int((now - residency.since) / FORGIVEN_S)
+        state.thrown[spot] = t.Thrown(max(0, before.times - forgiven) + 1, now)
     # Claims that stood on it now lack it again.
-    for claim in state.claims_on(device, artifact):
-        state.refile(claim.id)
+    _refile_spot(state, *spot)
+
+
+def member_id(pool: ClaimId, device: Device) -> ClaimId:
+    return ClaimId(f"{pool}/{device}")
+
+
+def _placed(state: State, pool: ClaimId, device: Device) -> None:
+    claim = state.claims[pool]
+    member = replace(claim, id=member_id(pool, device), device=device)
+    state.members[member.id] = pool
+    state.file(member)
+    assert claim.artifact is not None
+    state.residencies.pop((claim.device, claim.artifact), None)
 
 
 def _cannot_load(state: State, device: Device, artifact: ArtifactId, problem: Problem, now: float) -> None:
@@ -587,12 +688,15 @@ def _cannot_load(state: State, device: Device, artifact: ArtifactId, problem: Pr
     state.residencies[device, artifact] = t.Residency(after, False, rounds, retry_at, problem)
 
 
-def _granted(state: State, claim_id: ClaimId, now: float) -> None:
+def _granted(state: State, claim_id: ClaimId, device: Device, now: float) -> None:
     claim = state.claims[claim_id]
     assert claim.artifact is not None
     _used(state, claim.artifact, now)
+    _used_on(state, (device, claim.artifact), now, hits=1)
     if claim.kind is ClaimKind.LEASE:
-        state.ready.pop(claim_id)
         state.answered.add(claim_id)
+        state.refile(claim_id, device=device)
+        if claim.room is not None:
+            state.starting[claim_id] = now + state.rules.starting_s
     else:
         _claim_ended(state, claim_id, now)

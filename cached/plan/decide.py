@@ -28,7 +28,7 @@ from cached.model import (
 )
 from cached.plan import types as t
 from cached.plan.ledger import Item, Ledger
-from cached.plan.order import worth
+from cached.plan.order import heat, worth
 from cached.plan.state import Place, Spot, State, transfer_items
 
 MOST_ROUNDS = 5
@@ -99,7 +99,7 @@ class _Draft:
             claim = self.state.claims[claim_id]
             if claim_id in self.ended or claim.artifact is None or not self._is_sound(claim.artifact):
                 continue
-            self.actions.append(t.Grant(claim_id))
+            self.actions.append(t.Grant(claim_id, self.state.best(claim, claim.artifact)))
             self.used.add(claim.artifact)
             if claim.kind is ClaimKind.PREFETCH:
                 self.ended.add(claim_id)
@@ -316,9 +316,6 @@ class _Draft:
         drop = tuple(Digest(k) for k in self.disk.only_in(transfer_items(transfer)) if is_digest(k))
         self.actions.append(t.Discard(key, drop))
 
-    def _last_used(self, artifact_id: ArtifactId) -> tuple[float, str]:
-        return self.state.artifacts[artifact_id].artifact.last_used_at, artifact_id
-
     def _take_down(self, artifact_id: ArtifactId, why: str) -> None:
         """Evict it, after releasing it from devices."""
         spots = self.state.devices_of(artifact_id)
@@ -368,7 +365,7 @@ class _Draft:
     def _load_one(self, spot: Spot, place: Place, ledger: Ledger) -> int:
         """Load it, or make room for it, or say that it cannot fit. Returns the slots taken."""
         device, artifact_id = spot
-        items: list[Item] = list(self.state.artifacts[artifact_id].artifact.blobs)
+        items = list(self.state.items_on(device, artifact_id))
         if ledger.used_bytes + ledger.missing_bytes(items) <= place.capacity_bytes:
             ledger.add(items)
             self.actions.append(t.Load(device, artifact_id))
@@ -381,7 +378,7 @@ class _Draft:
         self.moving.add(device)
         idle = [s for s in self._residents(device) if not self._claimed_there(s)]
         if idle:
-            self._release(min(idle, key=lambda s: self._coldness(s[1])), f"room for {artifact_id}")
+            self._release(min(idle, key=self._coldness), f"room for {artifact_id}")
         return 0
 
     def _cannot_load(self, spot: Spot, problem: Problem) -> None:
@@ -391,10 +388,11 @@ class _Draft:
         failed = t.Residency(t.ResidentStep.FAILED, rounds=rounds, problem=problem)
         self._tell(self.state.unloaded.claims(spot), failed)
 
-    def _coldness(self, artifact_id: ArtifactId) -> tuple[float, str]:
-        if artifact_id in self.state.artifacts:
-            return self._last_used(artifact_id)
-        return 0.0, artifact_id
+    def _coldness(self, spot: Spot) -> tuple[float, float, str]:
+        """The smallest of these leaves its device first. That it was loaded counts as a use."""
+        residency = self.state.residencies[spot]
+        warmth = heat(residency.hits + 1, residency.last_used_at, self.now)
+        return warmth, residency.last_used_at, spot[1]
 
     def _residents(self, device: Device) -> list[Spot]:
         steps = self.state.residencies.items()
@@ -409,7 +407,7 @@ class _Draft:
                 ledger.add(residency.items)
         for action in self.actions:
             if isinstance(action, t.Load) and action.device == device:
-                ledger.add(self.state.artifacts[action.artifact].artifact.blobs)
+                ledger.add(self.state.items_on(action.device, action.artifact))
         return ledger
 
     def _claimed_there(self, spot: Spot) -> bool:

@@ -1,4 +1,5 @@
-"""Which unclaimed artifact leaves the disk first: the score, and an index that finds it without a walk.
+"""Which unclaimed artifact leaves the disk first: the score, and an index that finds it without a walk; and
+how warm a resident is on its device.
 
 Owns the order of eviction. Coldest first is the rule; among those that are about as cold, what frees more
 for each second that it takes to have it again goes before the rest:
@@ -7,7 +8,10 @@ for each second that it takes to have it again goes before the rest:
 
 ``rate`` is what its last fetch took from its origin, USUAL_RATE where nobody measured. Of models that are
 large and come equally fast, the score is their idle time; small ones and those of slow origins stay
-longer. Bytes that others share are not freed and do not count. Pure.
+longer. Bytes that others share are not freed and do not count.
+
+A device has an order of its own, by ``heat``: what was granted from there, each grant worth half after
+HALF_LIFE_S. Pure.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ FETCH_LATENCY_S = 1.0
 USUAL_RATE = 100e6
 SLOWEST_RATE = 1e6
 """Bounds what an origin that crept once can make of a model."""
+HALF_LIFE_S = 3600.0
 COLDEST = 4
 """Looked at in each class: that many may turn out to be shared with others before a colder class loses."""
 
@@ -30,6 +35,11 @@ def worth(freed_bytes: int, rate_bytes_per_s: float) -> float:
     """Bytes that leaving frees for each second that it takes to have them again."""
     rate = max(SLOWEST_RATE, rate_bytes_per_s) if rate_bytes_per_s > 0 else USUAL_RATE
     return freed_bytes / (FETCH_LATENCY_S + freed_bytes / rate)
+
+
+def heat(hits: float, last_used_at: float, now: float) -> float:
+    """What ``hits``, counted up to ``last_used_at``, are worth now."""
+    return hits * math.exp2(-max(0.0, now - last_used_at) / HALF_LIFE_S)
 
 
 class Idle:

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from cached.model import (
+    ANY_GPU,
     DISK,
+    EVERY_GPU,
     Artifact,
     ArtifactId,
     Aside,
@@ -28,29 +30,48 @@ from cached.model import (
 )
 from cached.plan.ledger import Item, Ledger
 from cached.plan.order import Idle
-from cached.plan.types import DiskStep, Residency, ResidentStep, Resolution, Rules, Step, Transfer
+from cached.plan.types import (
+    DiskStep,
+    Residency,
+    ResidentStep,
+    Resolution,
+    Rules,
+    Step,
+    Thrown,
+    Transfer,
+)
 
 K = TypeVar("K")
 Spot = tuple[Device, ArtifactId]
 """One artifact on one device."""
+POOLS = (ANY_GPU, EVERY_GPU)
+
+
+def is_gpu(device: Device) -> bool:
+    """Whether it is one GPU or MIG instance (and no pool of them)."""
+    return device.startswith("cuda:") and device not in POOLS
 
 
 class Queue(Generic[K]):
-    """Claims that lack the same thing, by what they lack; what a lease waits for comes first."""
+    """Claims that lack the same thing, by what they lack; what a lease waits for comes first, then what
+    claims of a higher priority want."""
 
-    __slots__ = ("_claims", "_leases")
+    __slots__ = ("_claims", "_leases", "_ranked")
 
     def __init__(self) -> None:
-        self._claims: dict[K, dict[ClaimId, ClaimKind]] = {}
+        self._claims: dict[K, dict[ClaimId, Claim]] = {}
         self._leases: dict[K, int] = {}
+        self._ranked = 0
 
     def add(self, key: K, claim: Claim) -> None:
-        self._claims.setdefault(key, {})[claim.id] = claim.kind
+        self._claims.setdefault(key, {})[claim.id] = claim
+        self._ranked += claim.priority != 0
         if claim.kind is ClaimKind.LEASE:
             self._leases[key] = self._leases.get(key, 0) + 1
 
     def remove(self, key: K, claim: Claim) -> None:
         del self._claims[key][claim.id]
+        self._ranked -= claim.priority != 0
         if not self._claims[key]:
             del self._claims[key]
         if claim.kind is ClaimKind.LEASE:
@@ -66,14 +87,18 @@ class Queue(Generic[K]):
 
     def urgent(self, key: K, ended: Container[ClaimId] = ()) -> bool:
         """Whether a lease that is not among ``ended`` waits for it."""
-        kinds = self._claims[key].items() if key in self._leases else ()
-        return any(kind is ClaimKind.LEASE and claim not in ended for claim, kind in kinds)
+        claims = self._claims[key].values() if key in self._leases else ()
+        return any(claim.kind is ClaimKind.LEASE and claim.id not in ended for claim in claims)
 
     def in_order(self, ended: Container[ClaimId] = ()) -> Iterator[K]:
-        """Keys that leases wait for, then the others, each in order of arrival."""
+        """Keys that leases wait for, then the others by priority, each in order of arrival."""
         urgent = {key: None for key in self._leases if self.urgent(key, ended)}
         yield from urgent
-        yield from (key for key in self._claims if key not in urgent)
+        rest = [key for key in self._claims if key not in urgent]
+        yield from sorted(rest, key=self._rank) if self._ranked else rest
+
+    def _rank(self, key: K) -> int:
+        return -max(claim.priority for claim in self._claims[key].values())
 
     def __contains__(self, key: object) -> bool:
         return key in self._claims
@@ -86,7 +111,9 @@ class Queue(Generic[K]):
 class Place:
     """One device's budget. ``inventory`` is None for the disk and while no standby is connected.
 
-    ``draining`` (the disk's) is true from above the high watermark until the low one is reached.
+    ``draining`` (the disk's) is true from above the high watermark until the low one is reached. Until
+    ``settles_at`` a GPU's figures may be older than its last load or release; ``taken_bytes`` is what the
+    loads since they were last settled took.
     """
 
     capacity_bytes: int
@@ -94,6 +121,15 @@ class Place:
     inventory: Inventory | None = None
     gone_at: float = 0.0
     draining: bool = False
+    settles_at: float = 0.0
+    taken_bytes: int = 0
+
+    @property
+    def unfit_reason(self) -> str:
+        """Why nothing may stand on this GPU; empty where it may."""
+        if self.inventory is None:
+            return "no standby is connected"
+        return self.inventory.gpu.unfit_reason if self.inventory.gpu else "its standby tells no figures"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +168,20 @@ class State:
         self.purging: set[str] = set()
         self.withdrawn: dict[Ref, Problem] = {}
         self.evict_asked: dict[ArtifactId, None] = {}
-        self.claimed_gpus: dict[Device, str] = {}
+        self.thrown: dict[Spot, Thrown] = {}
+        # Which GPUs the orchestrator has given to whom (None: none ever told), and since when; 0 where that
+        # was before it first told.
+        self.claimed_gpus: dict[Device, str] | None = None
+        self.claimed_since: dict[Device, float] = {}
+        # Leases that had room made and are starting, with when that is over; and each placed copy of a
+        # pool's pin: a claim that only the planner has.
         self.starting: dict[ClaimId, float] = {}
+        self.members: dict[ClaimId, ClaimId] = {}
         # Indexes, kept by the methods below.
         self.claimed: dict[ArtifactId, dict[ClaimId, None]] = {}
+        self.on: dict[Spot, dict[ClaimId, None]] = {}
+        self.pools: dict[ClaimId, None] = {}
+        self.rooms: dict[ClaimId, None] = {}
         self.idle = Idle()
         self.held: dict[ArtifactId, int] = {}
         self.held_bytes = 0
@@ -161,6 +207,8 @@ class State:
         self.claims[claim.id] = claim
         if claim.expires_at is not None:
             self.timed[claim.id] = None
+        if claim.room is not None and claim.id not in self.answered:
+            self.rooms[claim.id] = None
         if claim.revision is None:
             self.unresolved.add(claim.ref, claim)
         elif claim.artifact is None:
@@ -172,15 +220,29 @@ class State:
             self._file_on_device(claim, claim.artifact)
 
     def _file_on_device(self, claim: Claim, artifact: ArtifactId) -> None:
-        if claim.device != DISK and not self.is_resident(claim.device, artifact):
+        self.on.setdefault((claim.device, artifact), {})[claim.id] = None
+        if claim.kind is ClaimKind.PIN and claim.device in POOLS:
+            self.pools[claim.id] = None
+        elif self.lacks(claim, artifact):
             self.unloaded.add((claim.device, artifact), claim)
         elif claim.kind is not ClaimKind.PIN and claim.id not in self.answered:
             self.ready[claim.id] = None
+
+    def lacks(self, claim: Claim, artifact: ArtifactId) -> bool:
+        """Whether the artifact stands nowhere that the claim could be met from."""
+        return not self.stands(self.best(claim, artifact), artifact)
+
+    def best(self, claim: Claim, artifact: ArtifactId) -> Device:
+        """Where a claim is met from: the first that it prefers of those that have it, else its device."""
+        prefers = claim.prefers if claim.id not in self.answered else ()
+        return next((device for device in prefers if self.stands(device, artifact)), claim.device)
 
     def unfile(self, claim: Claim) -> None:
         """Take a claim out of every index; the inverse of ``file``."""
         self.ready.pop(claim.id, None)
         self.timed.pop(claim.id, None)
+        self.rooms.pop(claim.id, None)
+        self.pools.pop(claim.id, None)
         if claim.revision is None:
             self.unresolved.remove(claim.ref, claim)
         elif claim.artifact is None:
@@ -193,6 +255,9 @@ class State:
         spot = (claim.device, artifact)
         if self.unloaded.holds(spot, claim.id):
             self.unloaded.remove(spot, claim)
+        del self.on[spot][claim.id]
+        if not self.on[spot]:
+            del self.on[spot]
         holders = self.claimed[artifact]
         del holders[claim.id]
         if not holders:
@@ -206,8 +271,7 @@ class State:
 
     def claims_on(self, device: Device, artifact: ArtifactId) -> list[Claim]:
         """The claims that want this artifact on this very device."""
-        found = (self.claims[c] for c in self.claimed.get(artifact, ()))
-        return [claim for claim in found if claim.device == device]
+        return [self.claims[claim_id] for claim_id in self.on.get((device, artifact), ())]
 
     # --- facts ------------------------------------------------------------------------------
 
@@ -215,12 +279,25 @@ class State:
         residency = self.residencies.get((device, artifact))
         return residency is not None and residency.step is ResidentStep.RESIDENT
 
+    def stands(self, device: Device, artifact: ArtifactId) -> bool:
+        """Whether a bound claim can be met from there: it is resident, and the device is not unfit."""
+        if device == DISK:
+            return True
+        fit = not is_gpu(device) or (device in self.places and not self.places[device].unfit_reason)
+        return fit and self.is_resident(device, artifact)
+
     def is_verified(self, artifact: ArtifactId) -> bool:
         proven = self.artifacts.get(artifact)
         return proven is not None and proven.step is DiskStep.VERIFIED
 
     def devices_of(self, artifact: ArtifactId) -> list[Spot]:
-        return [(d, artifact) for d in self.places if (d, artifact) in self.residencies]
+        """Where something is known of it; also of pools, that it cannot be placed."""
+        return [(d, artifact) for d in (*self.places, *POOLS) if (d, artifact) in self.residencies]
+
+    def items_on(self, device: Device, artifact: ArtifactId) -> tuple[Item, ...]:
+        """What a proven artifact takes there: its contents, on a GPU those that have tensors."""
+        known = self.artifacts[artifact].artifact
+        return known.images if is_gpu(device) else known.blobs
 
     def put_transfer(self, transfer: Transfer) -> None:
         """Replace a transfer's record; keeps the indexes of running and idle ones."""

@@ -33,16 +33,21 @@ from cached.model import (
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """When what nobody claims leaves the disk without being asked to.
+    """When what nobody claims leaves without being asked to.
 
-    Above ``high_watermark`` (a share of the capacity) until ``low_watermark`` is reached; quarantined
-    contents and the leftovers of transfers after a while.
+    The disk: above ``high_watermark`` (a share of the capacity) until ``low_watermark`` is reached;
+    quarantined contents and the leftovers of transfers after a while. A GPU: when less than
+    ``gpu_reserve_bytes`` is free, and ``claimed_grace_s`` after nothing entitles it to stand there any more.
+    Nothing moves on a GPU while a lease that had room made there starts, at most ``starting_s``.
     """
 
     high_watermark: float = 0.95
     low_watermark: float = 0.85
     quarantine_keep_s: float = 7 * 86400.0
     leftovers_keep_s: float = 86400.0
+    gpu_reserve_bytes: int = 1 << 30
+    claimed_grace_s: float = 10.0
+    starting_s: float = 600.0
 
 
 class Step(enum.Enum):
@@ -92,7 +97,11 @@ class ResidentStep(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """One artifact on one device."""
+    """One artifact on one device. A problem beside RELEASING says who still has the memory mapped.
+
+    ``hits`` counts the grants from here, decayed up to ``last_used_at`` (see ``order.heat``); it became
+    resident at ``since``.
+    """
 
     step: ResidentStep
     locked: bool = False
@@ -101,6 +110,17 @@ class Residency:
     problem: Problem | None = None
     items: tuple[tuple[str, int], ...] = ()
     """What it counts as in the device's ledger; empty where it counts nothing."""
+    hits: float = 0.0
+    last_used_at: float = 0.0
+    since: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Thrown:
+    """How often in a row an artifact had to leave a device for what others took there, and when last."""
+
+    times: int
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +318,15 @@ class Released:
     artifact: ArtifactId
 
 
+@dataclass(frozen=True, slots=True)
+class HeldOutside:
+    """A release was begun and the device's memory is not free yet: somebody has it mapped."""
+
+    device: Device
+    artifact: ArtifactId
+    problem: Problem
+
+
 # --- actions --------------------------------------------------------------------------------
 
 
@@ -367,8 +396,28 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Release:
+    """``thrown``: pins want it there and it leaves for what others need; see ``Thrown``."""
+
     device: Device
     artifact: ArtifactId
+    why: str
+    thrown: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A pool's pin gets a copy on this device. For the planner only; nothing to do."""
+
+    claim: ClaimId
+    device: Device
+
+
+@dataclass(frozen=True, slots=True)
+class Unplace:
+    """A pool's pin wants no copy on this device any more. For the planner only; nothing to do."""
+
+    claim: ClaimId
+    device: Device
     why: str
 
 
@@ -391,9 +440,10 @@ class CannotLoad:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """The claim's artifact stands where it was asked for: a lease is handed out, a prefetch is done."""
+    """The claim's artifact stands on ``device``: a lease is handed out from there, a prefetch is done."""
 
     claim: ClaimId
+    device: Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,6 +477,8 @@ Action = (
     | Purge
     | Load
     | Release
+    | Place
+    | Unplace
     | CannotFetch
     | CannotLoad
     | Grant
@@ -470,5 +522,6 @@ Event = (
     | Loaded
     | LoadFailed
     | Released
+    | HeldOutside
     | Started
 )
