@@ -38,9 +38,9 @@ from cached.model import (
 )
 from cached.plan import State, apply, evict_problem, plan
 from cached.plan import types as t
-from cached.plan.decide import STANDBY_WAIT_S
 from cached.plan.order import worth
 from cached.plan.state import Queue
+from cached.plan.words import STANDBY_WAIT_S
 
 DISK_BYTES = 100
 HOST_BYTES = 60

@@ -46,8 +46,10 @@ from cached.model import (
 from cached.plan import State, access_problem, apply, evict_problem, is_read_soon, plan
 from cached.plan import types as t
 from cached.plan.apply import LAST_BACKOFF_S, ORIGIN_SETTLES_S, backoff_s
-from cached.plan.decide import MOST_ROUNDS, OUR_DEATHS, REFRESH_AFTER_S, ROOM_RETRY_S, STANDBY_WAIT_S
+from cached.plan.decide import REFRESH_AFTER_S
 from cached.plan.ledger import Ledger
+from cached.plan.tick import MOST_ROUNDS, OUR_DEATHS
+from cached.plan.words import ROOM_RETRY_S, STANDBY_WAIT_S
 
 A = make_revision("a", "a")  # 30 bytes
 B = make_revision("b", "b")  # 30 bytes

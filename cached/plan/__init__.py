@@ -1,11 +1,22 @@
 """Decisions are pure: ``apply`` works events into the state, ``plan`` says what to do about it.
 
-Owns all policy, in ``decide``; the records and vocabulary are in ``types``, the state and its
+Owns all policy, in ``decide`` and ``gpus``; the records and vocabulary are in ``types``, the state and its
 indexes in ``state``. Imports only the words of ``model``: no clock, no I/O, no logging.
 """
 
 from cached.plan.apply import apply
 from cached.plan.decide import access_problem, evict_problem, is_read_soon, plan
-from cached.plan.state import Place, State
+from cached.plan.gpus import swap_problem
+from cached.plan.state import Place, State, is_gpu
 
-__all__ = ["Place", "State", "access_problem", "apply", "evict_problem", "is_read_soon", "plan"]
+__all__ = [
+    "Place",
+    "State",
+    "access_problem",
+    "apply",
+    "evict_problem",
+    "is_gpu",
+    "is_read_soon",
+    "plan",
+    "swap_problem",
+]

@@ -32,7 +32,7 @@ from cached.model import (
 )
 from cached.plan import types as t
 from cached.plan.order import heat
-from cached.plan.state import POOLS, Place, Proven, Spot, State, aside_item, transfer_items
+from cached.plan.state import POOLS, Place, Proven, Spot, State, aside_item, member_id, transfer_items
 
 FIRST_BACKOFF_S = 1.0
 LAST_BACKOFF_S = 300.0
@@ -665,10 +665,6 @@ def _release_started(state: State, release: t.Release, now: float) -> None:
         state.thrown[spot] = t.Thrown(max(0, before.times - forgiven) + 1, now)
     # Claims that stood on it now lack it again.
     _refile_spot(state, *spot)
-
-
-def member_id(pool: ClaimId, device: Device) -> ClaimId:
-    return ClaimId(f"{pool}/{device}")
 
 
 def _placed(state: State, pool: ClaimId, device: Device) -> None:

@@ -1,6 +1,7 @@
 """All policy: ``plan(state, now)`` compares claims with facts and says what to do next.
 
-Owns every decision: what to resolve, fetch first, stop, evict, load where, release, grant, refuse.
+Owns every decision: what to resolve, fetch first, stop, evict, load where, release, grant, refuse; what
+concerns GPUs is in ``gpus``.
 Pure: reads the state, changes nothing, imports no clock, no I/O and no logging. Once its actions
 have been applied as started, it plans nothing more until something happens or time passes.
 """
@@ -8,15 +9,12 @@ have been applied as started, it plans nothing more until something happens or t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 
 from cached.model import (
     DISK,
     HOST,
     ArtifactId,
-    Claim,
-    ClaimId,
     ClaimKind,
     Device,
     Digest,
@@ -27,21 +25,16 @@ from cached.model import (
     is_digest,
 )
 from cached.plan import types as t
+from cached.plan.gpus import Gpus
 from cached.plan.ledger import Item, Ledger
-from cached.plan.order import heat, worth
-from cached.plan.state import Place, Spot, State, transfer_items
+from cached.plan.order import worth
+from cached.plan.state import POOLS, Place, Spot, State, is_gpu, is_moving, is_standing, transfer_items
+from cached.plan.tick import Tick
+from cached.plan.words import ROOM_RETRY_S, STANDBY_WAIT_S, claim_words, gb, no_standby_problem
 
-MOST_ROUNDS = 5
-"""A prefetch is given up after this many failed transfers; pins go on for ever, ever more slowly."""
-STANDBY_WAIT_S = 15.0
-"""How long a lease waits for a device whose standby is not connected."""
 REFRESH_AFTER_S = 300.0
 """How old a noted resolution may be before its use makes the daemon ask the origin in the background."""
-ROOM_RETRY_S = 30.0
 RAISE_IT = "free space on the file system, or raise [store] capacity_bytes or lower keep_free"
-OUR_DEATHS = frozenset({"WORKER_DIED", "INGEST_BUSY", "STANDBY_GONE"})
-"""Failures that a death of one of our own processes makes: those who wait do not hear of it, as the next
-round goes on where it stopped, until it was too many times in a row."""
 
 
 def plan(state: State, now: float) -> list[t.Action]:
@@ -49,17 +42,14 @@ def plan(state: State, now: float) -> list[t.Action]:
     return _Draft(state, now).decide()
 
 
-class _Draft:
+class _Draft(Tick):
     """One tick's decisions, with what they already use up."""
 
     def __init__(self, state: State, now: float) -> None:
-        self.state = state
-        self.now = now
-        self.actions: list[t.Action] = []
-        self.ended: set[ClaimId] = set()
+        super().__init__(state, now)
+        self.gpus = Gpus(self)
         self.used: set[ArtifactId] = set()
         self.disk = state.disk.ledger.draft()
-        self.tainted: set[ArtifactId] = set()
         self.making_room = False
         self.starting: set[RevisionKey] = set()
         self.moving: set[Device] = set()
@@ -71,16 +61,13 @@ class _Draft:
         self._resolve()
         self._fetch()
         self._withdraw_residents()
+        self.gpus.relieve()
+        self.gpus.place()
         self._load()
         self._evict_asked()
         self._tidy()
         self._drain()
         return self.actions
-
-    def _refuse(self, claim: Claim, problem: Problem) -> None:
-        if claim.id not in self.ended:
-            self.ended.add(claim.id)
-            self.actions.append(t.Refuse(claim.id, problem))
 
     # --- claims -----------------------------------------------------------------------------
 
@@ -95,11 +82,15 @@ class _Draft:
 
     def _answer(self) -> None:
         refreshed: set[str] = set()
-        for claim_id in self.state.ready:
+        self.gpus.refuse_rooms()
+        # Whoever needs no room goes first: what he is given makes none.
+        for claim_id in sorted(self.state.ready, key=lambda c: c in self.state.rooms):
             claim = self.state.claims[claim_id]
-            if claim_id in self.ended or claim.artifact is None or not self._is_sound(claim.artifact):
+            if claim_id in self.ended or claim.artifact is None or not self.is_sound(claim.artifact):
                 continue
-            self.actions.append(t.Grant(claim_id, self.state.best(claim, claim.artifact)))
+            if claim.room is not None and not self.gpus.has_room(claim, claim.room):
+                continue
+            self.gpus.grant(claim, self.state.best(claim, claim.artifact), claim.artifact)
             self.used.add(claim.artifact)
             if claim.kind is ClaimKind.PREFETCH:
                 self.ended.add(claim_id)
@@ -109,22 +100,6 @@ class _Draft:
             if note.resolved_at + REFRESH_AFTER_S <= self.now:
                 refreshed.add(note.ref)
                 self.actions.append(t.Refresh(note.ref))
-
-    def _tell(self, claims: Iterable[ClaimId], record: t.Resolution | t.Transfer | t.Residency) -> bool:
-        """Refuse whom a failure concerns; whether somebody is left for whom to try again."""
-        problem = record.problem
-        assert problem is not None
-        left = False
-        for claim_id in claims:
-            claim = self.state.claims[claim_id]
-            final = problem.retry_after_s is None or record.rounds >= MOST_ROUNDS
-            waits = claim.kind is ClaimKind.LEASE and claim_id not in self.state.answered
-            hears = final or problem.reason not in OUR_DEATHS
-            if (waits and hears) or (claim.kind is ClaimKind.PREFETCH and final):
-                self._refuse(claim, problem)
-            elif claim_id not in self.ended:
-                left = True
-        return left and problem.retry_after_s is not None
 
     # --- resolution -------------------------------------------------------------------------
 
@@ -136,10 +111,10 @@ class _Draft:
             if record is not None and record.step is t.Step.RUNNING:
                 continue
             if record is not None and record.problem is not None:
-                again = self._tell(self.state.unresolved.claims(ref), record)
+                again = self.tell(self.state.unresolved.claims(ref), record)
                 if not again or record.retry_at > self.now:
                     continue
-            if slots > 0 and self._any_left(self.state.unresolved.claims(ref)):
+            if slots > 0 and self.any_left(self.state.unresolved.claims(ref)):
                 slots -= 1
                 self.actions.append(t.Resolve(ref))
 
@@ -162,7 +137,7 @@ class _Draft:
         transfer = self.state.transfers[key]
         if transfer.problem is None:
             return transfer.step is t.Step.IDLE and self._wanted(key)
-        again = self._tell(self.state.unfetched.claims(key), transfer)
+        again = self.tell(self.state.unfetched.claims(key), transfer)
         return again and transfer.retry_at <= self.now
 
     def _stop_unclaimed(self) -> None:
@@ -180,11 +155,7 @@ class _Draft:
                 self.actions.append(t.Rank(key, background))
 
     def _wanted(self, key: RevisionKey) -> bool:
-        return self._any_left(self.state.unfetched.claims(key))
-
-    def _any_left(self, claims: Iterable[ClaimId]) -> bool:
-        """Whether one of them is not ended by what was decided so far."""
-        return any(claim_id not in self.ended for claim_id in claims)
+        return self.any_left(self.state.unfetched.claims(key))
 
     def _preempt(self) -> None:
         """Stop the newest background transfer for one that somebody waits for; it resumes later."""
@@ -214,7 +185,7 @@ class _Draft:
             if claimed.missing_bytes(items) + claimed.used_bytes > capacity_bytes:
                 self._cannot_fetch(transfer, self._no_room_on_disk(transfer, claimed))
                 return 0
-        self._make_room_on_disk(f"room for {_gb(transfer.revision.size_bytes)} of {transfer.revision.ref}")
+        self._make_room_on_disk(f"room for {gb(transfer.revision.size_bytes)} of {transfer.revision.ref}")
         return 0
 
     def _surely_fits(self, transfer: t.Transfer) -> bool:
@@ -229,13 +200,13 @@ class _Draft:
         key = transfer.revision.key
         self.actions.append(t.CannotFetch(key, problem))
         failed = replace(transfer, problem=problem, rounds=transfer.rounds + 1)
-        self._tell(self.state.unfetched.claims(key), failed)
+        self.tell(self.state.unfetched.claims(key), failed)
 
     def _claimed_on_disk(self, but: t.Transfer | None = None) -> Ledger:
         """What may not be evicted: claimed artifacts, transfers that are wanted and reserved."""
         ledger = Ledger()
         for artifact_id in self.state.claimed:
-            if self._is_sound(artifact_id) and self._claimed(artifact_id):
+            if self.is_sound(artifact_id) and self._claimed(artifact_id):
                 ledger.add(self.state.artifacts[artifact_id].artifact.blobs)
         for key, transfer in self.state.transfers.items():
             kept = transfer.reserved and transfer.step is not t.Step.DISCARDING
@@ -244,7 +215,7 @@ class _Draft:
         return ledger
 
     def _claimed(self, artifact_id: ArtifactId) -> bool:
-        return self._any_left(self.state.claimed.get(artifact_id, ()))
+        return self.any_left(self.state.claimed.get(artifact_id, ()))
 
     def _no_room_on_disk(self, transfer: t.Transfer, claimed: Ledger) -> Problem:
         need_bytes = sum(dict(transfer_items(transfer)).values())
@@ -253,8 +224,8 @@ class _Draft:
         return Problem(
             ErrorKind.NO_ROOM,
             "DISK_CAPACITY",
-            f"{transfer.revision.ref} needs {_gb(need_bytes)} on disk; the capacity is "
-            f"{_gb(capacity_bytes)}, of which {_gb(claimed.used_bytes)} are claimed by others",
+            f"{transfer.revision.ref} needs {gb(need_bytes)} on disk; the capacity is "
+            f"{gb(capacity_bytes)}, of which {gb(claimed.used_bytes)} are claimed by others",
             f"{RAISE_IT}, or take a smaller model"
             if never
             else f"unpin or stop something ('cachectl ls' shows the claims), or {RAISE_IT}",
@@ -291,14 +262,14 @@ class _Draft:
     def _victim(self) -> ArtifactId | None:
         """The unclaimed artifact with the highest score (see ``order``)."""
         freed = {a for claim_id in self.ended if (a := self.state.claims[claim_id].artifact) is not None}
-        freed = {a for a in freed if self._is_sound(a) and not self._claimed(a)}
+        freed = {a for a in freed if self.is_sound(a) and not self._claimed(a)}
         best = min((*self.state.idle.coldest(self.tainted), *freed), key=self._score, default=None)
         if best is None or not self._score(best)[1]:
             return best
         # The coldest free nothing by themselves. One that does will do, or one of several that do together;
         # what claims hold anyway is not worth taking anything down for.
         kept = self._claimed_on_disk()
-        every = (a for a in (*self.state.idle, *freed) if self._is_sound(a))
+        every = (a for a in (*self.state.idle, *freed) if self.is_sound(a))
         helpful = (a for a in every if kept.missing_bytes(self.state.artifacts[a].artifact.blobs))
         return min(helpful, key=self._score, default=None)
 
@@ -319,10 +290,10 @@ class _Draft:
     def _take_down(self, artifact_id: ArtifactId, why: str) -> None:
         """Evict it, after releasing it from devices."""
         spots = self.state.devices_of(artifact_id)
-        busy = [s for s in spots if self.state.residencies[s].step in _BUSY]
+        busy = [s for s in spots if is_standing(self.state.residencies[s])]
         for spot in busy:
             if self.state.residencies[spot].step is t.ResidentStep.RESIDENT:
-                self._release(spot, why)
+                self.release(spot, why)
         if not busy:
             blobs = self.state.artifacts[artifact_id].artifact.blobs
             drop = tuple(Digest(k) for k in self.disk.only_in(blobs))
@@ -334,33 +305,36 @@ class _Draft:
         ledgers = {d: place.ledger.draft() for d, place in self.state.places.items() if d != DISK}
         loading = [s for s, r in self.state.residencies.items() if r.step is t.ResidentStep.LOADING]
         slots = {d: self.state.load_slots - sum(s[0] == d for s in loading) for d in ledgers}
-        self.moving = {s[0] for s, r in self.state.residencies.items() if r.step is t.ResidentStep.RELEASING}
-        self.moving |= {a.device for a in self.actions if isinstance(a, t.Release)}
-        for spot in self.state.unloaded.in_order(self.ended):
+        self.moving = {s[0] for s, r in self.state.residencies.items() if is_moving(r)}
+        self.moving |= {device for device, _ in self.released}
+        for spot in list(self.state.unloaded.in_order(self.ended)):
             place = self.state.places.get(spot[0])
-            if place is None or place.inventory is None:
+            if spot[0] in POOLS:
+                self.gpus.answer_pool(spot)
+            elif place is None or place.inventory is None:
                 self._no_standby(spot, place)
+            elif is_gpu(spot[0]):
+                self.gpus.load(spot, place)
             elif self._wants_load(spot) and slots[spot[0]] > 0 and spot[0] not in self.moving:
                 slots[spot[0]] -= self._load_one(spot, place, ledgers[spot[0]])
 
     def _wants_load(self, spot: Spot) -> bool:
-        if not self._is_sound(spot[1]):
+        if not self.is_sound(spot[1]):
             return False
         residency = self.state.residencies.get(spot)
         if residency is None:
-            return self._any_left(self.state.unloaded.claims(spot))
+            return self.any_left(self.state.unloaded.claims(spot))
         if residency.problem is None:
             return False
-        again = self._tell(self.state.unloaded.claims(spot), residency)
+        again = self.tell(self.state.unloaded.claims(spot), residency)
         return again and residency.retry_at <= self.now
 
     def _no_standby(self, spot: Spot, place: Place | None) -> None:
         for claim_id in self.state.unloaded.claims(spot):
             claim = self.state.claims[claim_id]
             since = max(claim.made_at, place.gone_at if place else 0.0)
-            waits = claim.kind is ClaimKind.LEASE and claim_id not in self.state.answered
-            if waits and since + STANDBY_WAIT_S <= self.now:
-                self._refuse(claim, _no_standby_problem(spot[0]))
+            if self.waits(claim) and since + STANDBY_WAIT_S <= self.now:
+                self.refuse(claim, no_standby_problem(spot[0]))
 
     def _load_one(self, spot: Spot, place: Place, ledger: Ledger) -> int:
         """Load it, or make room for it, or say that it cannot fit. Returns the slots taken."""
@@ -373,26 +347,13 @@ class _Draft:
         claimed = self._claimed_on(device, artifact_id)
         if claimed.used_bytes + claimed.missing_bytes(items) > place.capacity_bytes:
             problem = _no_room_on_device(device, artifact_id, items, place.capacity_bytes, claimed.used_bytes)
-            self._cannot_load(spot, problem)
+            self.cannot_load(spot, problem)
             return 0
         self.moving.add(device)
         idle = [s for s in self._residents(device) if not self._claimed_there(s)]
         if idle:
-            self._release(min(idle, key=self._coldness), f"room for {artifact_id}")
+            self.release(min(idle, key=self.coldness), f"room for {artifact_id}")
         return 0
-
-    def _cannot_load(self, spot: Spot, problem: Problem) -> None:
-        self.actions.append(t.CannotLoad(spot[0], spot[1], problem))
-        before = self.state.residencies.get(spot)
-        rounds = (before.rounds if before else 0) + 1
-        failed = t.Residency(t.ResidentStep.FAILED, rounds=rounds, problem=problem)
-        self._tell(self.state.unloaded.claims(spot), failed)
-
-    def _coldness(self, spot: Spot) -> tuple[float, float, str]:
-        """The smallest of these leaves its device first. That it was loaded counts as a use."""
-        residency = self.state.residencies[spot]
-        warmth = heat(residency.hits + 1, residency.last_used_at, self.now)
-        return warmth, residency.last_used_at, spot[1]
 
     def _residents(self, device: Device) -> list[Spot]:
         steps = self.state.residencies.items()
@@ -411,18 +372,13 @@ class _Draft:
         return ledger
 
     def _claimed_there(self, spot: Spot) -> bool:
-        return self._any_left(claim.id for claim in self.state.claims_on(*spot))
-
-    def _release(self, spot: Spot, why: str) -> None:
-        action = t.Release(spot[0], spot[1], why)
-        if not any(isinstance(a, t.Release) and (a.device, a.artifact) == spot for a in self.actions):
-            self.actions.append(action)
+        return self.any_left(claim.id for claim in self.state.claims_on(*spot))
 
     def _withdraw_residents(self) -> None:
         """Memory of what is not (or no longer) proven on disk is given back."""
         for spot, residency in self.state.residencies.items():
-            if residency.step is t.ResidentStep.RESIDENT and not self._is_sound(spot[1]):
-                self._release(spot, "it is not proven on disk")
+            if residency.step is t.ResidentStep.RESIDENT and not self.is_sound(spot[1]):
+                self.release(spot, "it is not proven on disk")
 
     # --- taking down ------------------------------------------------------------------------
 
@@ -436,9 +392,6 @@ class _Draft:
             hit = [artifact_id for artifact_id in hit if artifact_id not in self.tainted]
             self.tainted.update(hit)
             self.actions.append(t.Quarantine(tuple(hit), digest, reason))
-
-    def _is_sound(self, artifact_id: ArtifactId) -> bool:
-        return self.state.is_verified(artifact_id) and artifact_id not in self.tainted
 
     def _evict_asked(self) -> None:
         if not self.state.evict_asked or self.making_room or self._disk_in_motion():
@@ -470,24 +423,12 @@ class _Draft:
         """One eviction at a time: whether something is being taken down, or leaves a device for that."""
         state = self.state
         discarding = any(state.transfers[key].step is t.Step.DISCARDING for key in state.running)
-        releasing = any(r.step is t.ResidentStep.RELEASING for r in state.residencies.values())
+        releasing = any(is_moving(r) for r in state.residencies.values())
         planned = any(isinstance(a, _TAKES_DOWN) for a in self.actions)
         return bool(state.leaving or state.purging) or discarding or releasing or planned
 
 
 _TAKES_DOWN = (t.Quarantine, t.Purge, t.Discard, t.Evict, t.Release)
-_BUSY = (t.ResidentStep.LOADING, t.ResidentStep.RESIDENT, t.ResidentStep.RELEASING)
-
-
-def _no_standby_problem(device: Device) -> Problem:
-    return Problem(
-        ErrorKind.UNAVAILABLE,
-        "NO_STANDBY",
-        f"no standby for {device} has been connected for {STANDBY_WAIT_S:.0f} s",
-        "start 'preloader serve' with the same run directory (or 'cached serve --with-preloader'), "
-        "or acquire with on='disk'",
-        STANDBY_WAIT_S,
-    )
 
 
 def _no_room_on_device(
@@ -499,8 +440,8 @@ def _no_room_on_device(
     return Problem(
         ErrorKind.NO_ROOM,
         "DEVICE_CAPACITY",
-        f"{artifact_id} needs {_gb(need_bytes)} on {device}; the capacity is {_gb(capacity_bytes)}, "
-        f"of which {_gb(claimed_bytes)} are claimed by others",
+        f"{artifact_id} needs {gb(need_bytes)} on {device}; the capacity is {gb(capacity_bytes)}, "
+        f"of which {gb(claimed_bytes)} are claimed by others",
         raise_it if never else f"unpin or stop something on {device} ('cachectl ls' shows it), or {raise_it}",
         None if never else ROOM_RETRY_S,
     )
@@ -539,25 +480,12 @@ def is_read_soon(state: State, key: RevisionKey) -> bool:
 
 def evict_problem(state: State, artifact_id: ArtifactId) -> Problem | None:
     """Why an operator's eviction is refused: the claims on it, with their holders; None if it is not."""
-    claims = [state.claims[c] for c in state.claimed.get(artifact_id, ())]
+    claims = [state.claims[c] for c in state.claimed.get(artifact_id, ()) if c not in state.members]
     if not claims:
         return None
     return Problem(
         ErrorKind.FAILED,
         "CLAIMED",
-        f"{claims[0].ref} is claimed by " + "; ".join(_claim_words(c) for c in claims[:20]),
+        f"{claims[0].ref} is claimed by " + "; ".join(claim_words(c) for c in claims[:20]),
         "end the holders, or 'cachectl unpin' the pin, then evict again",
     )
-
-
-def _claim_words(claim: Claim) -> str:
-    holder = f" of {claim.holder.words()}" if claim.holder else ""
-    return f"a {claim.kind.value} on {claim.device}{holder}"
-
-
-def _gb(size_bytes: int) -> str:
-    """Bytes for people, in decimal units."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size_bytes >= size:
-            return f"{size_bytes / size:.2f} {unit}"
-    return f"{size_bytes} B"

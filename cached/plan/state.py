@@ -52,6 +52,21 @@ def is_gpu(device: Device) -> bool:
     return device.startswith("cuda:") and device not in POOLS
 
 
+def is_moving(residency: Residency) -> bool:
+    """Whether it is on its way out, and its room is counted on. (What somebody else has mapped is not.)"""
+    return residency.step is ResidentStep.RELEASING and residency.problem is None
+
+
+def is_standing(residency: Residency) -> bool:
+    """Whether the device has it, will have it, or had it a moment ago."""
+    return residency.step in (ResidentStep.LOADING, ResidentStep.RESIDENT) or is_moving(residency)
+
+
+def member_id(pool: ClaimId, device: Device) -> ClaimId:
+    """The claim that stands for a pool's copy on a device."""
+    return ClaimId(f"{pool}/{device}")
+
+
 class Queue(Generic[K]):
     """Claims that lack the same thing, by what they lack; what a lease waits for comes first, then what
     claims of a higher priority want."""
