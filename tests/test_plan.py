@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
+from plan_bench import ID, A, B, Bench, C, D, E, F, G, held_claim, make_claim, only, the_refusal
 from plan_world import (
     BYTES_OF,
     CHANGED,
-    DISK_BYTES,
-    HOST_BYTES,
     ORIGIN,
     PERMANENT,
     START,
@@ -28,122 +27,24 @@ from cached.model import (
     Artifact,
     ArtifactId,
     Aside,
-    Claim,
     ClaimId,
     ClaimKind,
     Device,
     Digest,
     ErrorKind,
     Holder,
-    Inventory,
     Note,
     Problem,
     Ref,
-    Resident,
-    Revision,
     RevisionKey,
 )
-from cached.plan import State, access_problem, apply, evict_problem, is_read_soon, plan
+from cached.plan import access_problem, evict_problem, is_read_soon
 from cached.plan import types as t
 from cached.plan.apply import LAST_BACKOFF_S, ORIGIN_SETTLES_S, backoff_s
 from cached.plan.decide import REFRESH_AFTER_S
 from cached.plan.ledger import Ledger
 from cached.plan.tick import MOST_ROUNDS, OUR_DEATHS
 from cached.plan.words import ROOM_RETRY_S, STANDBY_WAIT_S
-
-A = make_revision("a", "a")  # 30 bytes
-B = make_revision("b", "b")  # 30 bytes
-C = make_revision("c", "c")  # 10 bytes
-D = make_revision("d", "d")  # 40 bytes
-E = make_revision("e", "e")  # 20 bytes
-F = make_revision("f", "f")  # 120 bytes: more than the disk
-G = make_revision("g", "g")  # 70 bytes: more than memory
-ID = {revision.ref: artifact_of(revision).id for revision in (A, B, C, D, E, F, G)}
-
-
-NO_WATERMARKS = t.Rules(high_watermark=1.0, low_watermark=1.0)
-
-
-class Bench:
-    """A state, its clock, and short words for what happens to it."""
-
-    def __init__(
-        self, fetch_slots: int = 2, disk_bytes: int = DISK_BYTES, rules: t.Rules = NO_WATERMARKS
-    ) -> None:
-        self.state = State(fetch_slots=fetch_slots, rules=rules)
-        self.now = START
-        self.made = 0
-        self.happen(t.CapacitySet(DISK, disk_bytes))
-
-    def happen(self, *events: t.Event) -> None:
-        for event in events:
-            apply(self.state, event, self.now)
-
-    def tick(self) -> list[t.Action]:
-        """Plan once and start all of it; there must be nothing left to plan."""
-        actions = plan(self.state, self.now)
-        self.happen(*(t.Started(action) for action in actions))
-        assert plan(self.state, self.now) == []
-        return actions
-
-    def recover(self, *revisions: Revision, claims: tuple[Claim, ...] = (), old_s: float = 0.0) -> None:
-        """Start with these artifacts proven on disk, the first one the coldest."""
-        artifacts = tuple(artifact_of(r, START - 100 + i) for i, r in enumerate(revisions))
-        notes = tuple(note_of(r, START - old_s) for r in revisions)
-        self.happen(t.Recovered(artifacts, notes, claims, ()))
-
-    def claim(
-        self,
-        revision: Revision,
-        kind: ClaimKind = ClaimKind.LEASE,
-        device: Device = DISK,
-        fresh: bool = False,
-        expires_at: float | None = None,
-    ) -> ClaimId:
-        self.made += 1
-        claim = make_claim(f"{kind.value}-{self.made}", revision, kind, device, self.now, fresh, expires_at)
-        self.happen(t.ClaimMade(claim))
-        return claim.id
-
-    def fetching(self, revision: Revision, kind: ClaimKind = ClaimKind.LEASE) -> ClaimId:
-        """Somebody claims it, it resolves, and its transfer is started."""
-        claim_id = self.claim(revision, kind)
-        assert self.tick() == [t.Resolve(revision.ref)]
-        self.happen(t.Resolved(revision))
-        assert self.tick() == [t.Fetch(revision, background=kind is not ClaimKind.LEASE)]
-        return claim_id
-
-    def fetched(self, revision: Revision) -> None:
-        artifact = artifact_of(revision, self.now)
-        self.happen(t.Fetched(revision.key, artifact, note_of(revision, self.now)))
-
-    def standby(self, *residents: Revision, capacity_bytes: int = HOST_BYTES) -> None:
-        held = tuple(Resident(ID[r.ref], r.size_bytes, locked=True) for r in residents)
-        inventory = Inventory(HOST, 7, capacity_bytes, True, "", True, held)
-        self.happen(t.StandbySeen(inventory, capacity_bytes))
-
-    def loaded(self, revision: Revision) -> None:
-        self.happen(t.Loaded(HOST, Resident(ID[revision.ref], revision.size_bytes, locked=True)))
-
-
-def make_claim(
-    name: str,
-    revision: Revision,
-    kind: ClaimKind,
-    device: Device = DISK,
-    at: float = START,
-    fresh: bool = False,
-    expires_at: float | None = None,
-) -> Claim:
-    return Claim(ClaimId(name), kind, revision.ref, device, at, fresh=fresh, expires_at=expires_at)
-
-
-def held_claim(name: str, revision: Revision, device: Device = DISK) -> Claim:
-    """A lease as it is found at a start: bound to what it was answered with."""
-    return Claim(
-        ClaimId(name), ClaimKind.LEASE, revision.ref, device, START - 50,
-        revision=revision.key, artifact=ID[revision.ref], holder=Holder(uid=1000, pid=7, host="web-1"),
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -158,15 +59,6 @@ def test_what_a_replica_waits_for_or_a_device_is_read_soon(
     bench.happen(t.ClaimMade(replace(claim, holder=holder)), t.Resolved(A))
     bench.tick()
     assert is_read_soon(bench.state, A.key) is soon
-
-
-def only(actions: list[t.Action], kind: type[t.Action]) -> list[t.Action]:
-    return [action for action in actions if isinstance(action, kind)]
-
-
-def the_refusal(actions: list[t.Action]) -> Problem:
-    (refusal,) = [action for action in actions if isinstance(action, t.Refuse)]
-    return refusal.problem
 
 
 # --- the way of one acquire -----------------------------------------------------------------

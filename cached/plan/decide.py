@@ -63,6 +63,7 @@ class _Draft(Tick):
         self._withdraw_residents()
         self.gpus.relieve()
         self.gpus.place()
+        self.gpus.load()
         self._load()
         self._evict_asked()
         self._tidy()
@@ -314,7 +315,7 @@ class _Draft(Tick):
             elif place is None or place.inventory is None:
                 self._no_standby(spot, place)
             elif is_gpu(spot[0]):
-                self.gpus.load(spot, place)
+                continue
             elif self._wants_load(spot) and slots[spot[0]] > 0 and spot[0] not in self.moving:
                 slots[spot[0]] -= self._load_one(spot, place, ledgers[spot[0]])
 

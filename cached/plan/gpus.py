@@ -70,6 +70,7 @@ class Gpus:
         self.state = tick.state
         self.now = tick.now
         self.taken: set[Spot] = set()
+        self.placed: dict[Spot, list[Claim]] = {}
         self.loading: set[Device] = set()
         self.promised: Counter[Device] = Counter()
         for claim_id, until in self.state.starting.items():
@@ -88,7 +89,7 @@ class Gpus:
         return [d for d, place in self.state.places.items() if is_gpu(d) and place.inventory is not None]
 
     def _pins(self, spot: Spot) -> list[Claim]:
-        claims = self.state.claims_on(*spot)
+        claims = [*self.state.claims_on(*spot), *self.placed.get(spot, ())]
         return [c for c in claims if c.kind is ClaimKind.PIN and c.id not in self.tick.ended]
 
     def _leased(self, spot: Spot) -> bool:
@@ -270,8 +271,19 @@ class Gpus:
 
     # --- loads ------------------------------------------------------------------------------
 
-    def load(self, spot: Spot, place: Place) -> None:
-        """Load what a pin wants here, or make room for it, or say why not."""
+    def load(self) -> None:
+        """Load what pins want, those of a higher priority first, after what somebody waits for."""
+        unloaded = self.state.unloaded
+        placed = [s for s in self.placed if not self.state.stands(*s) and s not in unloaded]
+        spots = [s for s in unloaded.in_order(self.tick.ended) if is_gpu(s[0])] + placed
+        waited = {spot for spot in spots if spot in unloaded and unloaded.urgent(spot, self.tick.ended)}
+        for spot in sorted(spots, key=lambda s: (s not in waited, -self._priority(s))):
+            place = self.state.places.get(spot[0])
+            if place is not None and place.inventory is not None:
+                self._load(spot, place)
+
+    def _load(self, spot: Spot, place: Place) -> None:
+        """Load it, or make room for it, or say why not."""
         state, pins = self.state, self._pins(spot)
         if not self.tick.is_sound(spot[1]) or self._told(spot, pins, place):
             return
@@ -382,15 +394,16 @@ class Gpus:
         placed = [d for d in self.state.places if member_id(pool.id, d) in self.state.members]
         kept = [d for d in placed if not self._unplaced(pool, d, artifact)]
         want = pool.copies if pool.device == ANY_GPU else max(1, len(connected))
-        stuck = [d for d in kept if pool.device == ANY_GPU and self._stuck((d, artifact))]
+        stuck = [d for d in kept if pool.device == ANY_GPU and self._stuck(pool, d, artifact)]
         if len(kept) >= want and not stuck:
             return
         free = self._candidates(pool, artifact, [d for d in connected if d not in placed])
         new = free[: max(0, want - len(kept))]
         for device, better in zip(stuck, free[len(new) :], strict=False):
-            self.tick.actions.append(t.Unplace(pool.id, device, f"there is room on {better}, and none here"))
+            self._unplace(pool, device, f"there is room on {better}, and none here")
             new.append(better)
         for device in new:
+            self.placed.setdefault((device, artifact), []).append(pool)
             self.tick.actions.append(t.Place(pool.id, device))
         if len(kept) + len(new) < want and all(map(self._settled, connected)):
             self._tell_unplaced(pool, artifact, len(kept) + len(new), want)
@@ -413,8 +426,12 @@ class Gpus:
             problem = self._standing_problem((device, artifact), [pool])
             why = problem.message if problem is not None else ""
         if why:
-            self.tick.actions.append(t.Unplace(pool.id, device, why))
+            self._unplace(pool, device, why)
         return bool(why)
+
+    def _unplace(self, pool: Claim, device: Device, why: str) -> None:
+        self.tick.ended.add(member_id(pool.id, device))
+        self.tick.actions.append(t.Unplace(pool.id, device, why))
 
     def _is_there(self, spot: Spot) -> bool:
         residency = self.state.residencies.get(spot)
@@ -434,16 +451,15 @@ class Gpus:
 
     def _queued(self, device: Device, priority: int, but: ArtifactId) -> set[Spot]:
         """What pins of this priority or a higher one are to have here and do not have yet."""
-        placed = [(a.device, self.state.claims[a.claim].artifact) for a in self._placements()]
-        waiting = [spot for spot in self.state.unloaded.in_order() if self._priority(spot) >= priority]
-        spots = {*waiting, *((d, a) for d, a in placed if a is not None)}
+        waiting = (spot for spot in (*self.state.unloaded.in_order(), *self.placed) if spot[0] == device)
         return {
-            s for s in spots if s[0] == device and s[1] in self.state.artifacts and s[1] != but
-            and not self._is_there(s)
-        }  # fmt: skip
-
-    def _placements(self) -> list[t.Place]:
-        return [action for action in self.tick.actions if isinstance(action, t.Place)]
+            spot
+            for spot in waiting
+            if spot[1] in self.state.artifacts
+            and spot[1] != but
+            and self._priority(spot) >= priority
+            and not self._is_there(spot)
+        }
 
     def _warmth(self, artifact: ArtifactId) -> Callable[[Device], tuple[bool, bool, int, Device]]:
         """The order in which GPUs are chosen: what has it, what loads it, what has the most memory free."""
@@ -458,10 +474,17 @@ class Gpus:
 
         return key
 
-    def _stuck(self, spot: Spot) -> bool:
-        """Whether a copy was to be loaded, and could not be."""
-        residency = self.state.residencies.get(spot)
-        return residency is not None and residency.problem is not None
+    def _stuck(self, pool: Claim, device: Device, artifact: ArtifactId) -> bool:
+        """Whether a copy could not be loaded, or cannot be now."""
+        residency = self.state.residencies.get((device, artifact))
+        if residency is not None:
+            return residency.problem is not None
+        if self._pause_over_at(device, [pool]) > self.now:
+            return True
+        moving = any(is_moving(self.state.residencies[s]) for s in self.residents.get(device, ()))
+        if moving or device in self.still or self.state.places[device].inventory is None:
+            return False
+        return self._settled(device) and not self._takes(pool, device, artifact)
 
     def _tell_unplaced(self, pool: Claim, artifact: ArtifactId, got: int, want: int) -> None:
         spot = pool.device, artifact
@@ -473,10 +496,14 @@ class Gpus:
         """Leases on a pool (somebody waits for a pin's copies) are met once all of them stand."""
         waiting = self._waiters(self.state.unloaded.claims(spot))
         pools = {pin.id for pin in self._pins(spot)}
-        placed = [member for member, pool in self.state.members.items() if pool in pools]
-        copies = [(self.state.claims[member].device, spot[1]) for member in placed]
-        records = (self.state.residencies.get(s) for s in (spot, *copies))
-        problem = next((r.problem for r in records if r is not None and r.problem is not None), None)
+        copies = self._copies(pools, spot[1])
+        told = [(a.device, a.artifact, a.problem) for a in self.tick.actions if isinstance(a, t.CannotLoad)]
+        problems = {(device, artifact): problem for device, artifact, problem in told}
+        for other in (spot, *copies):
+            record = self.state.residencies.get(other)
+            if record is not None and record.problem is not None:
+                problems[other] = record.problem
+        problem = next((problems[s] for s in (spot, *copies) if s in problems), None)
         if not pools:
             problem = not_pinned_problem(spot[0])
         there = [s for s in copies if self.state.stands(*s) and s not in self.tick.released]
@@ -485,6 +512,14 @@ class Gpus:
                 self.tick.refuse(claim, problem)
             elif there and len(there) == len(copies):
                 self.grant(claim, there[0][0], spot[1])
+
+    def _copies(self, pools: set[ClaimId], artifact: ArtifactId) -> list[Spot]:
+        """Where these pools have, or are about to have, a copy of it."""
+        members = [m for m, pool in self.state.members.items() if pool in pools and m not in self.tick.ended]
+        placed = [s for s, new in self.placed.items() if any(claim.id in pools for claim in new)]
+        return [(self.state.claims[m].device, artifact) for m in members] + [
+            s for s in placed if s[1] == artifact
+        ]
 
     # --- in words ---------------------------------------------------------------------------
 
@@ -498,7 +533,8 @@ class Gpus:
 
     def _holder_words(self, spot: Spot) -> str:
         residency = self.state.residencies[spot]
-        claims = [claim_words(c) for c in self.state.claims_on(*spot) if c.id not in self.tick.ended]
+        found = (c for c in self.state.claims_on(*spot) if c.id not in self.tick.ended)
+        claims = [claim_words(c) for c in sorted(found, key=lambda c: c.kind is ClaimKind.PIN)]
         size = gb(sum(size for _, size in residency.items))
         why = residency.step.value if not claims else f"held by {claims[0]}"
         others = f" and {len(claims) - 1} more" if len(claims) > 1 else ""
