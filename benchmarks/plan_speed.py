@@ -1,7 +1,8 @@
 """How long one tick of the planner takes on a full node: ``python benchmarks/plan_speed.py``.
 
 Owns the workload and prints medians; asserts nothing. The aim is 1 ms a tick (its events worked in, plan,
-and the actions applied as started) at 10,000 artifacts and 1,000 answered leases, evicting or not.
+and the actions applied as started) at 10,000 artifacts, 1,000 answered leases and four GPUs on which pins
+and pools stand, evicting or not.
 """
 
 from __future__ import annotations
@@ -13,23 +14,28 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cached.model import (
+    ANY_GPU,
     DISK,
     HOST,
     Artifact,
     Claim,
     ClaimId,
     ClaimKind,
+    Device,
     Digest,
     FileSpec,
+    Gpu,
     Inventory,
     Note,
     Ref,
     Resident,
     Revision,
+    Room,
     artifact_id,
     revision_key,
 )
@@ -40,6 +46,9 @@ AIM_MS = 1.0
 BLOBS = 4
 BLOB_BYTES = 4 * 10**9
 RESIDENTS = 20
+GPUS = [Device(f"cuda:GPU-{number}") for number in range(4)]
+GPU_RESIDENTS = 8
+GPU_BYTES = 140 * 10**9
 
 
 def make_revision(number: int) -> Revision:
@@ -53,7 +62,8 @@ def make_revision(number: int) -> Revision:
 
 def make_artifact(revision: Revision, at: float) -> Artifact:
     files = [(f.path, f.size_bytes, f.sha256 or "") for f in revision.files]
-    return Artifact(artifact_id(files), tuple((Digest(d), size) for _, size, d in files), at)
+    blobs = tuple((Digest(d), size) for _, size, d in files)
+    return Artifact(artifact_id(files), blobs, at, blobs)
 
 
 class Node:
@@ -79,6 +89,7 @@ class Node:
             self.claim(self.revisions[i % artifacts], ClaimKind.LEASE, HOST if i < RESIDENTS else DISK)
         self.tick()
         assert len(self.state.answered) == leases
+        self.fill_gpus()
 
     def connect(self) -> None:
         residents = tuple(Resident(a.id, a.size_bytes, True) for a in self.artifacts[:RESIDENTS])
@@ -86,15 +97,29 @@ class Node:
         inventory = Inventory(HOST, 1, limit_bytes, True, "", True, residents)
         self.happen(t.StandbySeen(inventory, limit_bytes))
 
+    def fill_gpus(self) -> None:
+        """Pins on each GPU, a pool of each, and pins that do not fit any more."""
+        inventories = []
+        for number, gpu in enumerate(GPUS):
+            mine = self.artifacts[10 * number : 10 * number + GPU_RESIDENTS]
+            held = tuple(Resident(a.id, a.size_bytes, True) for a in mine)
+            figures = Gpu(number, "none", GPU_BYTES, GPU_BYTES - sum(a.size_bytes for a in mine))
+            inventories.append(Inventory(gpu, 1, GPU_BYTES, True, "", True, held, figures))
+            self.happen(t.StandbySeen(inventories[-1], GPU_BYTES - self.state.rules.gpu_reserve_bytes))
+            for revision in self.revisions[10 * number : 10 * number + GPU_RESIDENTS + 2]:
+                self.claim(revision, ClaimKind.PIN, gpu, unclaimed=True)
+            self.claim(self.revisions[10 * number], ClaimKind.PIN, ANY_GPU, unclaimed=True, copies=2)
+        self.inventories = inventories
+        for _ in range(10):
+            self.tick()
+
     def happen(self, event: t.Event) -> None:
         apply(self.state, event, self.now)
 
-    def claim(self, revision: Revision, kind: ClaimKind, device: str = DISK) -> ClaimId:
+    def claim(self, revision: Revision, kind: ClaimKind, device: Device = DISK, **more: Any) -> ClaimId:
         self.made += 1
         claim_id = ClaimId(str(self.made))
-        self.happen(
-            t.ClaimMade(Claim(claim_id, kind, revision.ref, HOST if device == HOST else DISK, self.now))
-        )
+        self.happen(t.ClaimMade(Claim(claim_id, kind, revision.ref, device, self.now, **more)))
         return claim_id
 
     def tick(self) -> list[t.Action]:
@@ -115,6 +140,30 @@ def warm_acquire(node: Node, round_: int) -> Callable[[], object]:
         lease = node.claim(node.revisions[round_ % len(node.revisions)], ClaimKind.LEASE)
         node.tick()
         node.happen(t.ClaimEnded(lease))
+
+    return run
+
+
+def acquire_on_gpu(node: Node, round_: int) -> Callable[[], object]:
+    """A lease comes that prefers four GPUs and wants room on one, is granted and ends."""
+    room = Room(GPUS[0], 10**9)
+
+    def run() -> None:
+        lease = node.claim(node.revisions[round_ % 8], ClaimKind.LEASE, HOST, prefers=tuple(GPUS), room=room)
+        node.tick()
+        node.happen(t.ClaimEnded(lease))
+
+    return run
+
+
+def gpu_tells(node: Node, round_: int) -> Callable[[], object]:
+    """A GPU's figures come anew."""
+    gpu = node.inventories[round_ % 4].gpu
+    assert gpu is not None
+
+    def run() -> None:
+        node.happen(t.GpuTold(GPUS[round_ % 4], gpu))
+        node.tick()
 
     return run
 
@@ -177,8 +226,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     options = parser.parse_args()
     node = Node(options.artifacts, options.leases)
-    print(f"{options.artifacts} artifacts, {options.leases} answered leases; the aim is {AIM_MS} ms a tick")
-    for case in (idle_tick, warm_acquire, cold_resolve, standby_tells, eviction):
+    print(f"{options.artifacts} artifacts, {options.leases} leases, 4 GPUs; the aim is {AIM_MS} ms a tick")
+    cases = (idle_tick, warm_acquire, acquire_on_gpu, gpu_tells, cold_resolve, standby_tells, eviction)
+    for case in cases:
         print(f"{case.__name__.replace('_', ' '):<15} {median_ms(node, case, options.rounds):8.3f} ms")
 
 

@@ -7,7 +7,7 @@ claims: nothing here uses the planner's ledgers or indexes to say what they shou
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -39,7 +39,7 @@ from cached.model import (
 from cached.plan import State, apply, evict_problem, plan
 from cached.plan import types as t
 from cached.plan.order import worth
-from cached.plan.state import Queue
+from cached.plan.state import POOLS, Queue
 from cached.plan.words import STANDBY_WAIT_S
 
 DISK_BYTES = 100
@@ -125,10 +125,10 @@ class World:
         self.pending: list[StoreWork] = []
         self.kept: list[tuple[tuple[ArtifactId, ...], tuple[Revision, ...], Aside | None]] = []
         # Memory, and whether the daemon hears its standby.
-        self.memory: set[ArtifactId] = set()
+        self.memory: dict[Device, set[ArtifactId]] = defaultdict(set)
         self.sizes: dict[ArtifactId, Artifact] = {}
-        self.connected = False
-        self.gone_at = START
+        self.connected: set[Device] = set()
+        self.gone_at: dict[Device, float] = defaultdict(lambda: START)
         self.boot()
 
     # --- the shell --------------------------------------------------------------------------
@@ -174,7 +174,7 @@ class World:
                 self.works.append(action)
             case t.Resolve() | t.Load() | t.Release():
                 self.works.append(action)
-            case t.Grant(claim_id):
+            case t.Grant(claim_id, _):
                 self.granted.add(claim_id)
             case t.Refuse(claim_id, problem):
                 self.refused[claim_id] = problem
@@ -193,12 +193,13 @@ class World:
         device: Device,
         fresh: bool = False,
         ttl_s: float | None = None,
+        **more: Any,
     ) -> ClaimId:
         self.made += 1
         claim_id = ClaimId(f"{kind.value}-{self.made}")
         expires_at = None if ttl_s is None else self.now + ttl_s
         claim = Claim(claim_id, kind, ref, device, self.now, fresh=fresh, expires_at=expires_at)
-        self.happen(t.ClaimMade(claim))
+        self.happen(t.ClaimMade(replace(claim, **more)))
         return claim_id
 
     def ask_evict(self, artifact: ArtifactId) -> None:
@@ -227,11 +228,12 @@ class World:
         claims = [
             claim
             for claim in self.state.claims.values()
-            if claim.kind is not ClaimKind.LEASE or claim.id in self.state.answered
+            if claim.id not in self.state.members
+            and (claim.kind is not ClaimKind.LEASE or claim.id in self.state.answered)
         ]
         self.pending.clear()
         self.kept.clear()
-        self.connected = False
+        self.connected.clear()
         self.sweep()
         self.boot()
         leftovers = tuple(self.ingests.values())
@@ -332,8 +334,7 @@ class World:
             case t.Load(device, artifact):
                 self.finish_load(device, artifact, problem)
             case t.Release(device, artifact):
-                self.memory.discard(artifact)
-                self.happen(t.Released(device, artifact))
+                self.finish_release(device, artifact, problem)
             case t.Evict() | t.Discard() | t.Quarantine() | t.Purge():
                 self.run_store()
                 self.finish_store(work)
@@ -365,11 +366,15 @@ class World:
         on_disk = artifact in self.manifests and {d for d, _ in self.manifests[artifact].blobs} <= self.blobs
         rotten = on_disk and self.corrupt & {d for d, _ in self.manifests[artifact].blobs}
         if problem is None and on_disk and not rotten:
-            self.memory.add(artifact)
+            self.memory[device].add(artifact)
             self.sizes[artifact] = self.manifests[artifact]
             self.happen(t.Loaded(device, self.resident(artifact)))
         else:
             self.happen(t.LoadFailed(device, artifact, problem or PERMANENT))
+
+    def finish_release(self, device: Device, artifact: ArtifactId, problem: Problem | None) -> None:
+        self.memory[device].discard(artifact)
+        self.happen(t.Released(device, artifact))
 
     def finish_store(self, work: StoreWork) -> None:
         match work:
@@ -391,34 +396,42 @@ class World:
     def resident(self, artifact: ArtifactId) -> Resident:
         return Resident(artifact, self.sizes[artifact].size_bytes, locked=True)
 
-    def see_standby(self, ahead: bool = False) -> None:
+    def see_standby(self, ahead: bool = False, device: Device = HOST) -> None:
         """It connects, or tells again. ``ahead``: it tells of works whose own answers are still to come."""
-        works = [w for w in self.works if isinstance(w, t.Load | t.Release)]
-        told = set(self.memory)
-        for work in works if ahead else ():
+        told = set(self.memory[device])
+        for work in self.calls(device) if ahead else ():
             if isinstance(work, t.Release):
                 told.discard(work.artifact)
             elif work.artifact in self.manifests and not self.corrupt:
                 self.sizes[work.artifact] = self.manifests[work.artifact]
                 told.add(work.artifact)
         residents = tuple(self.resident(artifact) for artifact in sorted(told))
-        inventory = Inventory(HOST, 7, HOST_BYTES, True, "", True, residents)
-        self.connected = True
-        self.happen(t.StandbySeen(inventory, HOST_BYTES))
+        self.connected.add(device)
+        self.happen(t.StandbySeen(self.inventory(device, residents), self.room_of(device)))
 
-    def lose_standby(self, died: bool, late: bool) -> None:
+    def inventory(self, device: Device, residents: tuple[Resident, ...]) -> Inventory:
+        return Inventory(device, 7, HOST_BYTES, True, "", True, residents)
+
+    def room_of(self, device: Device) -> int:
+        return HOST_BYTES
+
+    def calls(self, device: Device) -> list[t.Load | t.Release]:
+        return [w for w in self.works if isinstance(w, t.Load | t.Release) and w.device == device]
+
+    def lose_standby(self, died: bool, late: bool, device: Device = HOST) -> None:
         """``died``: its memory is gone too. ``late``: its calls fail after it is known to be gone."""
-        calls = [w for w in self.works if isinstance(w, t.Load | t.Release)]
+        calls = self.calls(device)
         self.works = [w for w in self.works if w not in calls]
         if died:
-            self.memory.clear()
-        self.connected, self.gone_at = False, self.now
-        self.happen(t.StandbyGone(HOST))
+            self.memory[device].clear()
+        self.connected.discard(device)
+        self.gone_at[device] = self.now
+        self.happen(t.StandbyGone(device))
         for call in calls:
             if isinstance(call, t.Release):
-                self.memory.discard(call.artifact)
+                self.memory[device].discard(call.artifact)
             elif late:
-                self.happen(t.LoadFailed(HOST, call.artifact, TEMPORARY))
+                self.happen(t.LoadFailed(device, call.artifact, TEMPORARY))
 
     # --- what must hold of an action --------------------------------------------------------
 
@@ -428,7 +441,7 @@ class World:
             case t.Evict(artifact, drop, why):
                 self.check_victim(artifact, why)
                 assert not self.claims_of(artifact), f"evicts the claimed {artifact}"
-                assert artifact not in self.memory or not self.connected, "evicts a resident"
+                assert not self.has_resident(artifact), "evicts a resident"
                 assert set(drop) == self.only_of_artifact(artifact)
                 self.check_alone()
             case t.Discard(key, drop):
@@ -443,15 +456,12 @@ class World:
                 proven = artifact in state.artifacts and state.is_verified(artifact)
                 tainted = self.corrupt & {d for d, _ in self.blobs_of(artifact)}
                 if proven and not tainted:
-                    claims = [c for c in self.claims_of(artifact) if c.device == device]
-                    assert not claims, f"releases what {claims} stand on"
-                    others = [w for w in self.works if isinstance(w, t.Release) and w.device == device]
-                    assert not [w for w in others if state.is_verified(w.artifact)], "a second release"
+                    self.check_release(device, artifact)
             case t.Load(device, artifact):
-                assert self.connected and state.is_verified(artifact)
+                assert device in self.connected and state.is_verified(artifact)
                 assert not self.corrupt & {d for d, _ in self.blobs_of(artifact)}, "loads corrupt content"
                 assert action not in self.works, "loads twice"
-                assert sum(isinstance(w, t.Load) for w in self.works) < state.load_slots
+                assert sum(isinstance(w, t.Load) for w in self.calls(device)) < state.load_slots
             case t.Fetch(revision):
                 assert not any(isinstance(w, t.Fetch) and w.revision == revision for w in self.works)
                 assert sum(isinstance(w, t.Fetch) for w in self.works) < state.fetch_slots
@@ -463,12 +473,21 @@ class World:
             case t.StopFetch(key):
                 waited_for = [c for c in self.wanting(key) if c.kind is ClaimKind.LEASE]
                 assert not waited_for, f"stops what {waited_for} wait for"
-            case t.Grant(claim_id):
-                self.check_grant(state.claims[claim_id])
+            case t.Grant(claim_id, device):
+                self.check_grant(state.claims[claim_id], device)
             case t.Refuse(claim_id, problem):
                 self.check_refusal(state.claims[claim_id], problem)
             case _:
                 pass
+
+    def has_resident(self, artifact: ArtifactId) -> bool:
+        return any(artifact in self.memory[device] for device in self.connected)
+
+    def check_release(self, device: Device, artifact: ArtifactId) -> None:
+        claims = [c for c in self.claims_of(artifact) if c.device == device]
+        assert not claims, f"releases what {claims} stand on"
+        others = [w for w in self.calls(device) if isinstance(w, t.Release)]
+        assert not [w for w in others if self.state.is_verified(w.artifact)], "a second release"
 
     def check_alone(self) -> None:
         works = [w for w in self.works if isinstance(w, t.Evict | t.Discard | t.Purge)]
@@ -535,21 +554,27 @@ class World:
         wanted = [x for k, x in self.state.transfers.items() if x.reserved and self.wanting(k)]
         return held + [keys_of(x.revision) for x in wanted]
 
-    def check_grant(self, claim: Claim) -> None:
+    def check_grant(self, claim: Claim, device: Device) -> None:
         assert claim.artifact is not None and claim.kind is not ClaimKind.PIN
         contents = {d for d, _ in self.blobs_of(claim.artifact)}
         assert claim.artifact in self.manifests and contents <= self.blobs, "grants what is not on disk"
         assert not contents & self.corrupt, "grants what is known to be corrupt"
-        if claim.device == HOST:
-            loading = t.Load(HOST, claim.artifact) in self.works
-            assert self.connected and (loading or claim.artifact in self.memory), "grants absent memory"
+        if device != DISK:
+            loading = t.Load(device, claim.artifact) in self.works
+            there = loading or claim.artifact in self.memory[device]
+            assert device in self.connected and there, "grants absent memory"
 
     def check_refusal(self, claim: Claim, problem: Problem) -> None:
         assert claim.kind is not ClaimKind.PIN and claim.id not in self.state.answered
         if problem.reason == "NO_STANDBY":
-            assert not self.connected and self.now >= max(self.gone_at, claim.made_at) + STANDBY_WAIT_S
+            device = next(d for d in (claim.device, *self.rooms_of(claim)) if d in problem.message)
+            assert device not in self.connected
+            assert self.now >= max(self.gone_at[device], claim.made_at) + STANDBY_WAIT_S
         elif problem.reason in ("DISK_CAPACITY", "DEVICE_CAPACITY") and claim.kind is ClaimKind.LEASE:
             assert self.cannot_fit(claim, problem), f"refused {claim}, which fits: {problem.message}"
+
+    def rooms_of(self, claim: Claim) -> tuple[Device, ...]:
+        return () if claim.room is None else (claim.room.device,)
 
     # --- counted anew -----------------------------------------------------------------------
 
@@ -589,8 +614,11 @@ class World:
             held = self.claimed_on_disk(claim.revision)
             return union_bytes([need, *held]) > self.capacity_bytes
         assert claim.artifact is not None
-        need = dict(self.blobs_of(claim.artifact))
-        return union_bytes([need, *self.claimed_in_memory(claim.artifact)]) > HOST_BYTES
+        return not self.fits_in_memory(claim.device, claim.artifact, claim.priority)
+
+    def fits_in_memory(self, device: Device, artifact: ArtifactId, priority: int) -> bool:
+        need = dict(self.blobs_of(artifact))
+        return union_bytes([need, *self.claimed_in_memory(artifact)]) <= HOST_BYTES
 
     def claimed_on_disk(self, but: RevisionKey) -> list[dict[str, int]]:
         state = self.state
@@ -611,6 +639,7 @@ class World:
             dict(residency.items)
             for (device, artifact), residency in self.state.residencies.items()
             if artifact != but
+            and device == HOST
             and (
                 residency.step is t.ResidentStep.LOADING
                 or any(c.device == device for c in self.claims_of(artifact))
@@ -632,16 +661,30 @@ class World:
         if not any(isinstance(w, t.Quarantine) for w in self.works):  # it moves what is counted later
             assert self.disk_bytes() <= counted.used_bytes
             assert set(self.asides) == set(state.asides) - {w.aside for w in self.done(t.Purge)}
-        residencies = [dict(r.items) for spot, r in state.residencies.items() if spot[0] == HOST]
-        in_memory = state.places[HOST].ledger
+        for device in state.places:
+            if device != DISK:
+                self.check_memory(device)
+
+    def items_of(self, device: Device, artifact: ArtifactId) -> dict[str, int]:
+        """What an artifact that is on disk takes there."""
+        return dict(self.blobs_of(artifact))
+
+    def held_items(self, device: Device, artifact: ArtifactId) -> dict[str, int]:
+        """What a resident takes there."""
+        return dict(self.sizes[artifact].blobs)
+
+    def check_memory(self, device: Device) -> None:
+        state = self.state
+        residencies = [dict(r.items) for spot, r in state.residencies.items() if spot[0] == device]
+        in_memory = state.places[device].ledger
         assert in_memory.used_bytes == union_bytes(residencies)
         assert contents_of(in_memory) == Counter(key for r in residencies for key in r)
         known = all(key in BYTES_OF for r in residencies for key in r)
         # An orphan's contents are not known, so what it shares counts twice until it is released.
-        assert in_memory.used_bytes <= HOST_BYTES or not known
-        loading = {w.artifact for w in self.works if isinstance(w, t.Load)}
-        held = [dict(self.sizes[a].blobs) for a in self.memory]
-        assert union_bytes(held + [dict(self.blobs_of(a)) for a in loading]) <= HOST_BYTES
+        assert in_memory.used_bytes <= self.room_of(device) or not known
+        loading = {w.artifact for w in self.calls(device) if isinstance(w, t.Load)}
+        held = [self.held_items(device, a) for a in self.memory[device]]
+        assert union_bytes(held + [self.items_of(device, a) for a in loading]) <= self.room_of(device)
 
     def done(self, kind: type[t.Purge]) -> list[t.Purge]:
         """Works that the store has done and not yet told of."""
@@ -655,7 +698,9 @@ class World:
         unfetched = [(c.revision, c) for c in claims if c.revision is not None and c.artifact is None]
         check_queue(state.unfetched, unfetched)
         bound = [(c.artifact, c) for c in claims if c.revision is not None and c.artifact is not None]
-        absent = [((c.device, a), c) for a, c in bound if c.device != DISK and not self.stands(c.device, a)]
+        pooled = [c for _, c in bound if c.kind is ClaimKind.PIN and c.device in POOLS]
+        assert set(state.pools) == {c.id for c in pooled}
+        absent = [((c.device, a), c) for a, c in bound if c not in pooled and not self.is_met(c, a)]
         check_queue(state.unloaded, absent)
         lacking = {c.id for _, c in absent}
         ready = {
@@ -668,10 +713,22 @@ class World:
         for artifact, claim in bound:
             holders.setdefault(artifact, set()).add(claim.id)
         assert {artifact: set(ids) for artifact, ids in state.claimed.items()} == holders
+        on: dict[tuple[Device, ArtifactId], set[ClaimId]] = {}
+        for artifact, claim in bound:
+            on.setdefault((claim.device, artifact), set()).add(claim.id)
+        assert {spot: set(ids) for spot, ids in state.on.items()} == on
         assert set(state.timed) == {c.id for c in claims if c.expires_at is not None}
         assert state.answered <= {c.id for c in claims if c.kind is ClaimKind.LEASE}
         for artifact, claim in bound:
             assert claim.id in state.answered or artifact in state.artifacts, "bound to nothing"
+
+    def is_met(self, claim: Claim, artifact: ArtifactId) -> bool:
+        """Whether it stands where the claim could be met from."""
+        prefers = () if claim.id in self.state.answered else claim.prefers
+        return any(d == DISK or self.gives(d, artifact) for d in (*prefers, claim.device))
+
+    def gives(self, device: Device, artifact: ArtifactId) -> bool:
+        return self.stands(device, artifact)
 
     def stands(self, device: Device, artifact: ArtifactId) -> bool:
         residency = self.state.residencies.get((device, artifact))
@@ -722,8 +779,7 @@ class World:
 
     def calm_down(self) -> None:
         """Faults are over: all that is in flight ends well, and time passes until nothing is waited for."""
-        if not self.connected:
-            self.see_standby()
+        self.mend()
         self.tick()
         for _ in range(40):
             for _ in range(200):
@@ -735,6 +791,13 @@ class World:
             self.now += 301.0
             self.tick()
         assert not self.works or all(isinstance(w, t.Resolve | t.Fetch | t.Load) for w in self.works)
+
+    def connect(self) -> None:
+        self.see_standby()
+
+    def mend(self) -> None:
+        if HOST not in self.connected:
+            self.see_standby()
 
     def check_met(self) -> None:
         """Every claim is met, or gone with its answer, or is a pin whose recorded problem is true."""
@@ -751,12 +814,16 @@ class World:
             problem = state.resolutions[pin.ref].problem
         elif pin.artifact is None:
             problem = state.transfers[pin.revision].problem
-        elif pin.device != DISK and not self.stands(pin.device, pin.artifact):
+        elif pin.id not in state.pools and not self.is_met(pin, pin.artifact):
             residency = state.residencies.get((pin.device, pin.artifact))
             problem = residency.problem if residency else None
         else:
             return
         assert problem is not None, f"{pin} is not met, and nothing says why"
+        self.check_problem(pin, problem)
+
+    def check_problem(self, pin: Claim, problem: Problem) -> None:
+        """What is told of a pin in calm is true."""
         if problem.reason in ("DISK_CAPACITY", "DEVICE_CAPACITY"):
             assert self.cannot_fit(pin, problem), f"{pin} would fit: {problem.message}"
         else:

@@ -956,7 +956,7 @@ def test_the_simulated_node_meets_a_claim_in_calm() -> None:
     world.calm_down()
     world.check_met()
     assert lease in world.granted and not world.refused
-    assert world.memory == {artifact_of(ORIGIN[Ref(ref)][0]).id for ref in ("a", "ec")}
+    assert world.memory[HOST] == {artifact_of(ORIGIN[Ref(ref)][0]).id for ref in ("a", "ec")}
     assert sum(BYTES_OF[d] for d in world.blobs) == 100
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from plan_gpu_world import GpuWorld, X, Y
 from plan_world import ONLY_FULL, ORIGIN, REFS, RULES, World
 
-from cached.model import DISK, HOST, ClaimKind, Device, Ref
+from cached.model import ANY_GPU, DISK, EVERY_GPU, HOST, ClaimKind, Device, Ref, Room
 from cached.plan import types as t
 
 EXAMPLES = os.environ.get("PLAN_EXAMPLES")
@@ -23,9 +25,11 @@ outcomes = st.sampled_from(["ok", "ok", "ok", "temporary", "permanent"])
 class Node(RuleBasedStateMachine):
     """Rules are what can happen to a node. Usually a tick follows each; after ``pause``, only in the end."""
 
+    make_world: type[World] = World
+
     def __init__(self) -> None:
         super().__init__()
-        self.world = World()
+        self.world = self.make_world()
         self.paused = 0
 
     def then(self) -> None:
@@ -46,10 +50,10 @@ class Node(RuleBasedStateMachine):
     ) -> None:
         """A node that has run for a while: artifacts on disk, and some of them held in memory."""
         self.world.keep_leftovers = keep_leftovers
-        self.world.rules = rules
+        self.world.rules = replace(rules, gpu_reserve_bytes=self.world.rules.gpu_reserve_bytes)
         self.world.furnish(furniture)
         if connected:
-            self.world.see_standby()
+            self.world.connect()
         for ref in furniture[:guests]:
             self.world.claim(ClaimKind.LEASE, ref, HOST)
         self.finish_all()
@@ -116,7 +120,7 @@ class Node(RuleBasedStateMachine):
         self.world.see_standby(ahead)
         self.then()
 
-    @precondition(lambda self: self.world.connected)
+    @precondition(lambda self: HOST in self.world.connected)
     @rule(died=st.booleans(), late=st.booleans())
     def standby_goes(self, died: bool, late: bool) -> None:
         self.world.lose_standby(died, late)
@@ -164,7 +168,7 @@ class Node(RuleBasedStateMachine):
     def restart(self, connected: bool) -> None:
         self.world.restart()
         if connected:
-            self.world.see_standby()
+            self.world.connect()
         self.then()
 
     def teardown(self) -> None:
@@ -173,7 +177,93 @@ class Node(RuleBasedStateMachine):
         self.world.check_met()
 
 
+class GpuNode(Node):
+    """A node with GPUs: what else can happen there."""
+
+    make_world = GpuWorld
+    world: GpuWorld
+
+    @rule(
+        kind=st.sampled_from(
+            [ClaimKind.PIN, ClaimKind.PIN, ClaimKind.LEASE, ClaimKind.LEASE, ClaimKind.PREFETCH]
+        ),
+        ref=st.sampled_from(REFS),
+        device=st.sampled_from([X, X, Y, ANY_GPU, EVERY_GPU]),
+        copies=st.integers(1, 3),
+        priority=st.integers(-1, 1),
+        unclaimed=often,
+    )
+    def claim_gpu(
+        self, kind: ClaimKind, ref: Ref, device: Device, copies: int, priority: int, unclaimed: bool
+    ) -> None:
+        """A pin there, or somebody who waits for it."""
+        more = {"copies": copies, "priority": priority, "unclaimed": unclaimed}
+        self.world.claim(kind, ref, device, **(more if kind is ClaimKind.PIN else {}))
+        self.then()
+
+    @rule(
+        ref=st.sampled_from(REFS),
+        device=st.sampled_from([DISK, HOST]),
+        prefers=st.sampled_from([(X,), (Y, HOST), (X, Y), ()]),
+        room=st.none() | st.builds(Room, st.sampled_from([X, Y]), st.sampled_from([20, 50, 96, 101])),
+    )
+    def lease(self, ref: Ref, device: Device, prefers: tuple[Device, ...], room: Room | None) -> None:
+        """An engine starts on a GPU."""
+        self.world.claim(ClaimKind.LEASE, ref, device, prefers=prefers, room=room)
+        self.then()
+
+    @precondition(lambda self: self.world.state.starting)
+    @rule(index=indices)
+    def holder_ready(self, index: int) -> None:
+        starting = list(self.world.state.starting)
+        self.world.happen(t.HolderReady(starting[index % len(starting)]))
+        self.then()
+
+    @rule(
+        device=st.sampled_from([X, Y]),
+        others=st.sampled_from([0, 0, 30, 60, 97]),
+        unfit=st.sampled_from(["", "", "", "an XID"]),
+        told=often,
+    )
+    def others_take(self, device: Device, others: int, unfit: str, told: bool) -> None:
+        self.world.others[device], self.world.unfit[device] = others, unfit
+        if told:
+            self.world.tell()
+        self.then()
+
+    @rule(by=st.sampled_from([{}, {X: "default/a"}, {X: "default/b"}, {X: "default/a", Y: "default/a"}]))
+    def orchestrator_tells(self, by: dict[Device, str]) -> None:
+        self.world.give(by)
+        self.then()
+
+    @rule(device=st.sampled_from([X, Y]), ahead=st.booleans())
+    def gpu_tells(self, device: Device, ahead: bool) -> None:
+        self.world.see_standby(ahead, device)
+        self.then()
+
+    @rule(device=st.sampled_from([X, Y]), died=st.booleans(), late=st.booleans())
+    def gpu_goes(self, device: Device, died: bool, late: bool) -> None:
+        if device in self.world.connected:
+            self.world.lose_standby(died, late, device)
+        self.then()
+
+    def pass_time(self, seconds: float) -> None:
+        self.world.tell()
+        super().pass_time(seconds)
+        self.world.tell()
+
+
 TestNode = Node.TestCase
+TestGpuNode = GpuNode.TestCase
+TestGpuNode.settings = settings(
+    max_examples=int(EXAMPLES or 100),
+    stateful_step_count=50,
+    derandomize=EXAMPLES is None,
+    database=None,
+    deadline=None,
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
 TestNode.settings = settings(
     max_examples=int(EXAMPLES or 400),
     stateful_step_count=50,

@@ -32,7 +32,7 @@ from cached.model import (
 )
 from cached.plan import types as t
 from cached.plan.order import heat
-from cached.plan.state import POOLS, Place, Proven, Spot, State, aside_item, member_id, transfer_items
+from cached.plan.state import POOLS, Place, Proven, Spot, State, aside_item, is_gpu, member_id, transfer_items
 
 FIRST_BACKOFF_S = 1.0
 LAST_BACKOFF_S = 300.0
@@ -458,7 +458,8 @@ def _standby_seen(state: State, inventory: Inventory, capacity_bytes: int, now: 
     place = state.places[device] = Place(capacity_bytes, inventory=inventory)
     state.residencies.update(told)
     state.residencies.update(under_way)
-    _retry_pools(state)
+    if is_gpu(device):
+        _retry_pools(state)
     for spot, residency in state.residencies.items():
         if spot[0] == device:
             place.ledger.add(residency.items)
@@ -621,7 +622,7 @@ def _started(state: State, action: t.Action, now: float) -> None:
         case t.Place(claim_id, device):
             _placed(state, claim_id, device)
         case t.Unplace(claim_id, device):
-            _claim_ended(state, member_id(claim_id, device), now)
+            _unplaced(state, claim_id, device, now)
         case t.CannotFetch(key, problem):
             _fetch_failed(state, key, problem, now)
         case t.CannotLoad(device, artifact, problem):
@@ -682,6 +683,13 @@ def _cannot_load(state: State, device: Device, artifact: ArtifactId, problem: Pr
     step, retry_at = _after_failure(problem, rounds, now)
     after = t.ResidentStep.REFUSED if step is t.Step.REFUSED else t.ResidentStep.FAILED
     state.residencies[device, artifact] = t.Residency(after, False, rounds, retry_at, problem)
+
+
+def _unplaced(state: State, pool: ClaimId, device: Device, now: float) -> None:
+    claim = state.claims[pool]
+    _claim_ended(state, member_id(pool, device), now)
+    assert claim.artifact is not None
+    state.residencies.pop((claim.device, claim.artifact), None)
 
 
 def _granted(state: State, claim_id: ClaimId, device: Device, now: float) -> None:

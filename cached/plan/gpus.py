@@ -71,6 +71,7 @@ class Gpus:
         self.now = tick.now
         self.taken: set[Spot] = set()
         self.placed: dict[Spot, list[Claim]] = {}
+        self.moved: set[Spot] = set()
         self.loading: set[Device] = set()
         self.promised: Counter[Device] = Counter()
         for claim_id, until in self.state.starting.items():
@@ -240,20 +241,21 @@ class Gpus:
                     self.tick.release(spot, f"the device is unfit: {place.unfit_reason}")
                 continue
             if device not in self.still:
-                for spot in self._may_leave(device):
-                    if (why := self._outstays(spot)) is not None:
-                        self.tick.release(spot, why)
+                self._see_out(device)
             self._last_resort(device)
 
-    def _outstays(self, spot: Spot) -> str | None:
-        """Why a resident that nobody leases has to leave by now."""
-        residency, tenant = self.state.residencies[spot], self._tenant(spot[0])
-        if tenant is None and any(pin.unclaimed for pin in self._pins(spot)):
-            return None
-        since = max(residency.since, residency.last_used_at, self.state.claimed_since.get(spot[0], 0.0))
-        if since + self.state.rules.claimed_grace_s > self.now:
-            return None
-        return f"the device is given to {tenant}" if tenant is not None else "nothing keeps it there"
+    def _see_out(self, device: Device) -> None:
+        """What nothing entitles to stand there leaves after a while."""
+        tenant, since = self._tenant(device), self.state.claimed_since.get(device, 0.0)
+        why = f"the device is given to {tenant}" if tenant is not None else "nothing keeps it there"
+        until = self.now - self.state.rules.claimed_grace_s
+        for spot in self.residents.get(device, ()) if since <= until else ():
+            residency = self.state.residencies[spot]
+            if residency.step is not t.ResidentStep.RESIDENT or spot in self.tick.released:
+                continue
+            kept = tenant is None and any(pin.unclaimed for pin in self._pins(spot))
+            if not kept and max(residency.since, residency.last_used_at) <= until and not self._leased(spot):
+                self.tick.release(spot, why)
 
     def _tenant(self, device: Device) -> str | None:
         return (self.state.claimed_gpus or {}).get(device)
@@ -385,28 +387,49 @@ class Gpus:
     def place(self) -> None:
         """Give the pins of pools their copies; a copy that stands stays where it is."""
         pools = [self.state.claims[claim_id] for claim_id in self.state.pools]
-        for pool in sorted(pools, key=lambda claim: -claim.priority):
-            if pool.artifact is not None and self.tick.is_sound(pool.artifact):
-                self._place(pool, pool.artifact)
+        sound = [p for p in pools if p.artifact is not None and self.tick.is_sound(p.artifact)]
+        counts = [
+            (p, *self._place(p, p.artifact)) for p in sorted(sound, key=lambda p: -p.priority) if p.artifact
+        ]
+        short: dict[Spot, Problem] = {}
+        for pool, got, want in counts if all(map(self._settled, self._connected())) else ():
+            assert pool.artifact is not None
+            spot = pool.device, pool.artifact
+            if got < want and not self._is_told(spot):
+                short[spot] = self._unplaced_problem(pool, pool.artifact, got, want)
+        for spot, problem in short.items():
+            self.tick.cannot_load(spot, problem)
 
-    def _place(self, pool: Claim, artifact: ArtifactId) -> None:
+    def _place(self, pool: Claim, artifact: ArtifactId) -> tuple[int, int]:
+        """How many copies have a place by now, and how many it wants."""
         connected = self._connected()
         placed = [d for d in self.state.places if member_id(pool.id, d) in self.state.members]
         kept = [d for d in placed if not self._unplaced(pool, d, artifact)]
         want = pool.copies if pool.device == ANY_GPU else max(1, len(connected))
         stuck = [d for d in kept if pool.device == ANY_GPU and self._stuck(pool, d, artifact)]
-        if len(kept) >= want and not stuck:
-            return
+        lacks = 0 if self._is_told((pool.device, artifact)) else max(0, want - len(kept))
+        if not lacks and not stuck:
+            return len(kept), want
         free = self._candidates(pool, artifact, [d for d in connected if d not in placed])
-        new = free[: max(0, want - len(kept))]
-        for device, better in zip(stuck, free[len(new) :], strict=False):
+        new = free[:lacks]
+        for device, better in zip(stuck, free[lacks:], strict=False):
             self._unplace(pool, device, f"there is room on {better}, and none here")
-            new.append(better)
+            self._place_on(pool, better, artifact)
         for device in new:
-            self.placed.setdefault((device, artifact), []).append(pool)
-            self.tick.actions.append(t.Place(pool.id, device))
-        if len(kept) + len(new) < want and all(map(self._settled, connected)):
-            self._tell_unplaced(pool, artifact, len(kept) + len(new), want)
+            self._place_on(pool, device, artifact)
+        return len(kept) + len(new), want
+
+    def _place_on(self, pool: Claim, device: Device, artifact: ArtifactId) -> None:
+        self.placed.setdefault((device, artifact), []).append(pool)
+        self.moved.add((pool.device, artifact))
+        self.tick.actions.append(t.Place(pool.id, device))
+
+    def _is_told(self, spot: Spot) -> bool:
+        """Whether a failure was told, and it is not time to try again."""
+        residency = self.state.residencies.get(spot)
+        if residency is None or residency.problem is None or spot in self.moved:
+            return False
+        return residency.retry_at > self.now or residency.step is not t.ResidentStep.FAILED
 
     def _candidates(self, pool: Claim, artifact: ArtifactId, devices: list[Device]) -> list[Device]:
         """Where a copy may be placed, the best first; of a pool of each GPU, whether there is room or not."""
@@ -430,6 +453,8 @@ class Gpus:
         return bool(why)
 
     def _unplace(self, pool: Claim, device: Device, why: str) -> None:
+        assert pool.artifact is not None
+        self.moved.add((pool.device, pool.artifact))
         self.tick.ended.add(member_id(pool.id, device))
         self.tick.actions.append(t.Unplace(pool.id, device, why))
 
@@ -457,8 +482,9 @@ class Gpus:
             for spot in waiting
             if spot[1] in self.state.artifacts
             and spot[1] != but
+            and spot not in self.state.residencies
             and self._priority(spot) >= priority
-            and not self._is_there(spot)
+            and self._standing_problem(spot, self._pins(spot)) is None
         }
 
     def _warmth(self, artifact: ArtifactId) -> Callable[[Device], tuple[bool, bool, int, Device]]:
@@ -478,19 +504,13 @@ class Gpus:
         """Whether a copy could not be loaded, or cannot be now."""
         residency = self.state.residencies.get((device, artifact))
         if residency is not None:
-            return residency.problem is not None
+            return residency.problem is not None and not self._is_told((device, artifact))
         if self._pause_over_at(device, [pool]) > self.now:
             return True
         moving = any(is_moving(self.state.residencies[s]) for s in self.residents.get(device, ()))
         if moving or device in self.still or self.state.places[device].inventory is None:
             return False
         return self._settled(device) and not self._takes(pool, device, artifact)
-
-    def _tell_unplaced(self, pool: Claim, artifact: ArtifactId, got: int, want: int) -> None:
-        spot = pool.device, artifact
-        told = self.state.residencies.get(spot)
-        if told is None or (told.retry_at <= self.now and told.step is t.ResidentStep.FAILED):
-            self.tick.cannot_load(spot, self._unplaced_problem(pool, artifact, got, want))
 
     def answer_pool(self, spot: Spot) -> None:
         """Leases on a pool (somebody waits for a pin's copies) are met once all of them stand."""
