@@ -256,7 +256,7 @@ class GpuNode(Node):
 TestNode = Node.TestCase
 TestGpuNode = GpuNode.TestCase
 TestGpuNode.settings = settings(
-    max_examples=int(EXAMPLES or 100),
+    max_examples=int(EXAMPLES or 60),
     stateful_step_count=50,
     derandomize=EXAMPLES is None,
     database=None,

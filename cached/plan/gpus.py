@@ -387,16 +387,13 @@ class Gpus:
     def place(self) -> None:
         """Give the pins of pools their copies; a copy that stands stays where it is."""
         pools = [self.state.claims[claim_id] for claim_id in self.state.pools]
-        sound = [p for p in pools if p.artifact is not None and self.tick.is_sound(p.artifact)]
-        counts = [
-            (p, *self._place(p, p.artifact)) for p in sorted(sound, key=lambda p: -p.priority) if p.artifact
-        ]
+        bound = [(p, p.artifact) for p in sorted(pools, key=lambda p: -p.priority) if p.artifact is not None]
+        counts = [(p, a, *self._place(p, a)) for p, a in bound if self.tick.is_sound(a)]
         short: dict[Spot, Problem] = {}
-        for pool, got, want in counts if all(map(self._settled, self._connected())) else ():
-            assert pool.artifact is not None
-            spot = pool.device, pool.artifact
+        for pool, artifact, got, want in counts if all(map(self._settled, self._connected())) else ():
+            spot = pool.device, artifact
             if got < want and not self._is_told(spot):
-                short[spot] = self._unplaced_problem(pool, pool.artifact, got, want)
+                short[spot] = self._unplaced_problem(pool, artifact, got, want)
         for spot, problem in short.items():
             self.tick.cannot_load(spot, problem)
 
@@ -436,7 +433,7 @@ class Gpus:
         found = [d for d in devices if not self._standing_problem((d, artifact), [pool])]
         if pool.device != ANY_GPU:
             return found
-        return sorted((d for d in found if self._takes(pool, d, artifact)), key=self._warmth(artifact))
+        return sorted((d for d in found if self._takes(pool, d, artifact)), key=self._warmth(pool, artifact))
 
     def _unplaced(self, pool: Claim, device: Device, artifact: ArtifactId) -> bool:
         """Take a copy back from a device that is gone, unfit or given away."""
@@ -487,16 +484,17 @@ class Gpus:
             and self._standing_problem(spot, self._pins(spot)) is None
         }
 
-    def _warmth(self, artifact: ArtifactId) -> Callable[[Device], tuple[bool, bool, int, Device]]:
+    def _warmth(
+        self, pool: Claim, artifact: ArtifactId
+    ) -> Callable[[Device], tuple[bool, bool, int, Device]]:
         """The order in which GPUs are chosen: what has it, what loads it, what has the most memory free."""
 
         def key(device: Device) -> tuple[bool, bool, int, Device]:
             there = self._is_there((device, artifact))
             resident = there and self.state.is_resident(device, artifact)
-            queued = sum(
-                size for spot in self._queued(device, 0, artifact) for _, size in self.state.items_on(*spot)
-            )
-            return not resident, not there, queued - self._free_bytes(device), device
+            queued = self._queued(device, pool.priority, artifact)
+            queued_bytes = sum(size for spot in queued for _, size in self.state.items_on(*spot))
+            return not resident, not there, queued_bytes - self._free_bytes(device), device
 
         return key
 
