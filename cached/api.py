@@ -22,11 +22,13 @@ from cached.model import (
     Claim,
     ClaimId,
     ClaimKind,
+    Device,
     ErrorKind,
     Holder,
     Phase,
     Problem,
     Progress,
+    Room,
     is_artifact_id,
     parse_device,
     parse_ref,
@@ -43,6 +45,8 @@ from cached.v1 import operator_pb2_grpc as op_grpc
 
 MAX_WORD_CHARS = 256
 MAX_MESSAGE_CHARS = 2000
+MAX_PREFERS = 8
+MAX_ROOM_BYTES = 2**60
 WATCH_EVERY_S = 0.25
 
 T = TypeVar("T")
@@ -82,9 +86,11 @@ class ModelCache(pb_grpc.ModelCacheServicer):
             match step:
                 case Progress():
                     yield pb.AcquireEvent(progress=_progress(step))
-                case Granted(token, lease, view, blobs):
+                case Granted(token, lease, view, device, blobs):
                     model = _model(view, self._shows_holders)
-                    grant = pb.Grant(token=token, lease_id=lease or "", model=model, blobs=blobs)
+                    grant = pb.Grant(
+                        token=token, lease_id=lease or "", model=model, blobs=blobs, device=device
+                    )
                     yield pb.AcquireEvent(grant=grant)
 
     async def _acquire(self, request: pb.AcquireRequest) -> AsyncGenerator[Progress | Granted]:
@@ -108,7 +114,9 @@ class ModelCache(pb_grpc.ModelCacheServicer):
             _declared(request.holder),
             request.fresh,
             request.ttl_s if timed else None,
-            keep=request.lease != pb.LEASE_MODE_NONE,
+            request.lease != pb.LEASE_MODE_NONE,
+            _prefers(request),
+            _room(request),
         )
         async with contextlib.aclosing(steps):
             async for step in steps:
@@ -172,7 +180,19 @@ class Operator(op_grpc.OperatorServicer):
     async def Pin(self, request: op.PinRequest, context: Context) -> AsyncIterator[op.ClaimEvent]:
         async def steps() -> AsyncGenerator[Progress | ModelView]:
             ref, device = parse_ref(request.ref), parse_device(request.device)
-            asked = self._node.pin(ref, device, request.wait)
+            copies = request.copies or 1
+            asked = self._node.pin(ref, device, request.wait, copies, request.priority, request.unclaimed)
+            async with contextlib.aclosing(asked):
+                async for step in asked:
+                    yield step
+
+        async for step in _checked(steps(), context):
+            yield _claim_event(step)
+
+    async def Swap(self, request: op.SwapRequest, context: Context) -> AsyncIterator[op.ClaimEvent]:
+        async def steps() -> AsyncGenerator[Progress | ModelView]:
+            out, ref = parse_ref(request.out), parse_ref(request.ref)
+            asked = self._node.swap(out, ref, parse_device(request.device), request.wait)
             async with contextlib.aclosing(asked):
                 async for step in asked:
                     yield step
@@ -282,6 +302,30 @@ def _ref_or_id(text: str) -> str:
     return text if is_artifact_id(text) else parse_ref(text)
 
 
+def _prefers(request: pb.AcquireRequest) -> tuple[Device, ...]:
+    if len(request.prefers) > MAX_PREFERS:
+        raise permanent(
+            ErrorKind.INVALID,
+            "TOO_MANY_DEVICES",
+            f"{len(request.prefers)} devices are preferred; at most {MAX_PREFERS} are looked at",
+            "name the best of them",
+        )
+    return tuple(map(parse_device, request.prefers))
+
+
+def _room(request: pb.AcquireRequest) -> Room | None:
+    if not request.room_bytes:
+        return None
+    if request.room_bytes > MAX_ROOM_BYTES or not request.room_device:
+        raise permanent(
+            ErrorKind.INVALID,
+            "BAD_ROOM",
+            f"{request.room_bytes} bytes on {request.room_device!r} are no room that could be made",
+            f"name one GPU in room_device (cuda:<uuid> or cuda:<number>), and at most {MAX_ROOM_BYTES} bytes",
+        )
+    return Room(parse_device(request.room_device), request.room_bytes)
+
+
 def _declared(holder: pb.Holder) -> Holder:
     pid = holder.pid if 0 <= holder.pid < 2**31 else 0
     return Holder(None, pid, _word(holder.host), _word(holder.command), _word(holder.pod))
@@ -330,7 +374,14 @@ def _model(view: ModelView, shows_holders: bool) -> pb.Model:
         hint=view.problem.hint if view.problem else "",
         progress=_progress(view.progress) if view.progress else None,
         residencies=[
-            pb.Residency(device=r.device, state=r.step, bytes=r.size_bytes, locked=r.locked)
+            pb.Residency(
+                device=r.device,
+                state=r.step,
+                bytes=r.size_bytes,
+                locked=r.locked,
+                hits=r.hits,
+                last_used_at=r.last_used_at,
+            )
             for r in view.residencies
         ],
         files=[pb.File(path=f.path, bytes=f.blob.size_bytes, sha256=f.blob.sha256) for f in view.files],
@@ -355,7 +406,7 @@ def _holder(holder: Holder) -> pb.Holder:
 
 
 def _place(place: PlaceView) -> op.Place:
-    return op.Place(
+    shown = op.Place(
         device=place.device,
         capacity_bytes=place.capacity_bytes,
         used_bytes=place.used_bytes,
@@ -363,4 +414,10 @@ def _place(place: PlaceView) -> op.Place:
         connected=place.connected,
         remarks=place.remarks,
         pid=place.pid,
+        claimed_by=place.claimed_by,
     )
+    if place.gpu is not None:
+        shown.index, shown.name, shown.unfit_reason = place.gpu.index, place.gpu.name, place.gpu.unfit_reason
+        shown.total_bytes, shown.free_bytes = place.gpu.total_bytes, place.gpu.free_bytes
+        shown.outside_bytes = place.gpu.outside_bytes
+    return shown

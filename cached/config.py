@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from cached.model import MAX_REF_CHARS, CachedError, ErrorKind, permanent
+from cached.model import MAX_REF_CHARS, CachedError, ErrorKind, parse_device, parse_ref, permanent
 
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_BYTES = 2**60
@@ -131,9 +131,38 @@ def source_for(sources: tuple[SourceSettings, ...], ref: str) -> SourceSettings:
 
 @dataclass(frozen=True, slots=True)
 class StandbySettings:
-    """``host_capacity_bytes``: the most that may stand in RAM; None leaves it to the standby's limits."""
+    """How much memory models may take, and whose it is.
+
+    ``host_capacity_bytes``: the most that may stand in RAM; None leaves it to the standby's limits.
+    ``gpu_capacity_bytes``: the same on each GPU; of its memory ``gpu_reserve_bytes`` stay free in any case.
+    While an engine starts with room that was made for it, nothing is loaded beside it until it says that it
+    is ready, for ``starting_s`` at most. What nobody leases leaves a GPU ``claimed_grace_s`` after the
+    orchestrator has given it to somebody. ``pod_resources`` is kubelet's socket, which tells of that; None
+    takes the usual one where it exists, an empty text none.
+    """
 
     host_capacity_bytes: _Size | None = None
+    gpu_capacity_bytes: _Size | None = None
+    gpu_reserve_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_BYTES)] = 2**30
+    starting_s: Annotated[float, msgspec.Meta(ge=1, le=86400)] = 600.0
+    claimed_grace_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 10.0
+    pod_resources: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PinSettings:
+    """One model that is kept on a device for as long as it stands in this file.
+
+    ``on``: ``disk``, ``host``, ``cuda:<uuid>``, ``cuda:any`` (on ``copies`` of the GPUs) or ``cuda:all``.
+    Pins of a higher ``priority`` are met first. On a GPU that the orchestrator has given to nobody it stands
+    only where it is ``unclaimed``.
+    """
+
+    ref: _Name
+    on: str = "disk"
+    copies: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    priority: Annotated[int, msgspec.Meta(ge=-1000, le=1000)] = 0
+    unclaimed: bool = False
 
 
 _Percent = Annotated[float, msgspec.Meta(gt=0, le=100)]
@@ -161,9 +190,10 @@ class Settings:
     pressure: PressureSettings = field(default_factory=PressureSettings)
     standby: StandbySettings = field(default_factory=StandbySettings)
     source: Annotated[tuple[SourceSettings, ...], msgspec.Meta(max_length=256)] = ()
+    pin: Annotated[tuple[PinSettings, ...], msgspec.Meta(max_length=1024)] = ()
 
 
-_ELEMENTS = {"source": SourceSettings("any")}
+_ELEMENTS = {"source": SourceSettings("any"), "pin": PinSettings("any")}
 """Of each key that holds a list of tables, one such table with its defaults."""
 
 
@@ -173,14 +203,18 @@ def load(path: Path | None, env: Mapping[str, str]) -> Settings:
     ``CACHED_DATA_DIR`` and ``CACHED_RUN_DIR`` win over the file. Raises CachedError (INVALID,
     ``BAD_CONFIG``) naming the file and the key.
     """
-    if path is None and env.get("CACHED_CONFIG"):
-        path = Path(env["CACHED_CONFIG"])
+    path = file_of(path, env)
     settings = Settings() if path is None else _load_file(path)
     return dataclasses.replace(
         settings,
         data_dir=_directory(env.get("CACHED_DATA_DIR"), settings.data_dir),
         run_dir=_directory(env.get("CACHED_RUN_DIR"), settings.run_dir),
     )
+
+
+def file_of(path: Path | None, env: Mapping[str, str]) -> Path | None:
+    """The file that holds: ``path``, or that of ``CACHED_CONFIG``, or none."""
+    return Path(env["CACHED_CONFIG"]) if path is None and env.get("CACHED_CONFIG") else path
 
 
 def _directory(from_env: str | None, otherwise: str) -> str:
@@ -207,6 +241,7 @@ def _load_file(path: Path) -> Settings:
             raise _bad(path, f"{key}: {directory!r} is not absolute", "write the whole path, from /")
     _check_store(path, settings.store)
     _check_sources(path, settings.source)
+    _check_pins(path, settings.pin)
     return settings
 
 
@@ -235,6 +270,29 @@ def _check_sources(path: Path, sources: tuple[SourceSettings, ...]) -> None:
             raise _bad(path, f"{where}.prefix: {source.prefix!r} is there twice", "make one table of them")
         seen.add(source.prefix)
         _check_source(path, where, source)
+
+
+_ONE_OF_THEM = re.compile(r"cuda:\d+")
+
+
+def _check_pins(path: Path, pins: tuple[PinSettings, ...]) -> None:
+    seen: set[tuple[str, str]] = set()
+    for number, pin in enumerate(pins):
+        where = f"pin[{number}]"
+        try:
+            spot = (parse_ref(pin.ref), parse_device(pin.on))
+        except CachedError as error:
+            raise _bad(path, f"{where}: {error.problem.message}", error.problem.hint) from error
+        if spot in seen:
+            raise _bad(path, f"{where}: {pin.ref} is pinned there twice", "make one table of them")
+        seen.add(spot)
+        if _ONE_OF_THEM.fullmatch(pin.on):
+            hint = "name the GPU by its UUID (cuda:GPU-…), or say cuda:any or cuda:all"
+            raise _bad(path, f"{where}.on: {pin.on!r} may be another GPU after a restart", hint)
+        if pin.copies > 1 and pin.on != "cuda:any":
+            raise _bad(path, f"{where}.copies: copies go with cuda:any, not with {pin.on}", "leave it out")
+        if pin.unclaimed and not pin.on.startswith("cuda:"):
+            raise _bad(path, f"{where}.unclaimed: it is about GPUs, not about {pin.on}", "leave it out")
 
 
 def _check_source(path: Path, where: str, source: SourceSettings) -> None:

@@ -56,8 +56,8 @@ def main() -> None:
     arguments = _parser().parse_args()
     log.configure(sys.stderr)
     try:
-        settings = _settings(arguments)
-        asyncio.run(_serve(settings, arguments.http, arguments.grpc, arguments.with_preloader))
+        settings, file = _settings(arguments), config.file_of(arguments.config, os.environ)
+        asyncio.run(_serve(settings, file, arguments.http, arguments.grpc, arguments.with_preloader))
     except CachedError as error:
         print(f"error: {error.problem.message}\nhint: {error.problem.hint}", file=sys.stderr)
         sys.exit(_EXIT_CODES.get(error.problem.kind, 1))
@@ -275,7 +275,11 @@ def _raise_open_files() -> None:
 
 
 async def _serve(
-    settings: Settings, http: tuple[str, int] | None, tcp: tuple[str, int] | None, with_preloader: bool
+    settings: Settings,
+    file: Path | None,
+    http: tuple[str, int] | None,
+    tcp: tuple[str, int] | None,
+    with_preloader: bool,
 ) -> None:
     _raise_open_files()
     fs = RealFs()
@@ -288,7 +292,8 @@ async def _serve(
         run_lock = fs.lock(sockets.run_dir / "lock")
         stack.callback(fs.unlock, run_lock)
         metrics = Metrics(version("cached"))
-        node = Node(settings, store, FetchPool(settings.transfer, sources=settings.source), metrics, fs)
+        pool = FetchPool(settings.transfer, sources=settings.source)
+        node = Node(settings, store, pool, metrics, fs, config_file=str(file or ""))
         stack.push_async_callback(node.close)
         if with_preloader:
             await stack.enter_async_context(_beside(_Preloader(settings, fs).run()))

@@ -81,6 +81,11 @@ class Metrics:
         self._free = self._gauge("cached_file_system_free_bytes", "Bytes free on the store's file system")
         self._over = self._gauge("cached_disk_over_capacity_bytes", "Bytes above the disk's capacity")
         self._connected = self._gauge("cached_standby_connected", "1 while its standby answers", "device")
+        self._gpu_free = self._gauge("cached_gpu_free_bytes", "Bytes that the GPU reports free", "device")
+        self._gpu_outside = self._gauge(
+            "cached_gpu_outside_bytes", "Bytes given back that somebody has mapped yet", "device"
+        )
+        self._gpu_unfit = self._gauge("cached_gpu_unfit", "1 while nothing may stand on the GPU", "device")
         self._loads = self._counter("cached_loads", "Ended loads into a device", "device", "outcome")
 
     def _declare_claims(self) -> None:
@@ -165,6 +170,11 @@ class Metrics:
         self._capacity.labels(device).set(capacity_bytes)
         self._artifacts.labels(device).set(artifacts)
 
+    def set_gpu(self, device: str, free_bytes: int, outside_bytes: int, unfit: bool) -> None:
+        self._gpu_free.labels(device).set(free_bytes)
+        self._gpu_outside.labels(device).set(outside_bytes)
+        self._gpu_unfit.labels(device).set(int(unfit))
+
     def set_file_system(self, total_bytes: int, free_bytes: int) -> None:
         """The file system that the store is on, whoever fills it."""
         self._file_system.set(total_bytes)
@@ -181,7 +191,8 @@ class Metrics:
         """A standby that is gone holds nothing we know of: its figures go, only the 0 stays."""
         self._connected.labels(device).set(int(connected))
         if not connected:
-            for gauge in (self._used, self._capacity, self._artifacts):
+            gpu = (self._gpu_free, self._gpu_outside, self._gpu_unfit)
+            for gauge in (self._used, self._capacity, self._artifacts, *gpu):
                 with contextlib.suppress(KeyError):
                     gauge.remove(device)
 

@@ -2,6 +2,10 @@
 
 Owns the connection to one device's process and the descriptors received from it, which keep the memory's
 files at hand whatever becomes of the standby. Starts no process and decides nothing; protobuf stays in here.
+
+On a GPU the duplicates are what the memory lives by: they outlast the connection, a standby that begins anew
+gets them back, and they are closed before memory is given back. A holder could write through them, so whom
+they were given to goes with every exchange: the standby proves them again before another uid gets them.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,7 @@ from cached.model import (
     CachedError,
     Device,
     ErrorKind,
+    Gpu,
     Inventory,
     Problem,
     Resident,
@@ -37,6 +43,10 @@ ASK_TIMEOUT_S = 600.0
 RELEASE_TIMEOUT_S = 60.0
 LINGER_S = 30.0
 """How long a forgotten descriptor stays open: a handoff that was given its number may still be sending it."""
+NOBODY = -1
+"""The uid of what is only kept: it is given to no replica, and whom it was given to before stays known."""
+UNKNOWN_UID = -2
+"""Of what was given to somebody that we have not seen: no uid is the same."""
 
 # A stopped process keeps its socket open; pings tell it from a quiet one.
 _OPTIONS = (
@@ -71,23 +81,50 @@ def _device(path: Path) -> Device:
     return Device(f"{kind}:{rest}" if dash else kind)
 
 
+def is_gpu(device: Device) -> bool:
+    return device.startswith("cuda:")
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicates:
+    """One resident's descriptors, and the uid that they were last given to."""
+
+    resident: Resident
+    uid: int
+    fds: tuple[int, ...]
+
+
+Kept = dict[ArtifactId, Duplicates]
+"""One device's duplicates. Whoever made it says how long they are kept, and closes what ``drop`` takes."""
+
+
+def drop(kept: Kept, artifact: ArtifactId) -> None:
+    """Close an artifact's duplicates at once; harmless where there are none."""
+    duplicates = kept.pop(artifact, None)
+    _close_all(duplicates.fds if duplicates else ())
+
+
 class Standby:
     """One standby, over one connection. Used from one event loop.
 
     Every method raises CachedError; a temporary one with reason STANDBY_GONE where nobody answers.
+    ``kept`` is what is kept of the device's descriptors; a GPU's outlast the connection.
     """
 
-    def __init__(self, device: Device, socket_path: Path, linger_s: float = LINGER_S) -> None:
+    def __init__(
+        self, device: Device, socket_path: Path, linger_s: float = LINGER_S, kept: Kept | None = None
+    ) -> None:
         self.device = device
+        self.kept: Kept = {} if kept is None else kept
+        self._is_gpu = is_gpu(device)
         self._fds_path = socket_path.with_name(f"{socket_path.stem}.fds.sock")
         self._linger_s = linger_s
         self._channel = grpc.aio.insecure_channel(f"unix:{socket_path.absolute()}", options=_OPTIONS)
         self._stub = standby_pb2_grpc.StandbyStub(self._channel)
         self._threads = ThreadPoolExecutor(MAX_ASKING, f"standby-{device}")
-        self._asking: dict[ArtifactId, asyncio.Task[tuple[int, ...]]] = {}
+        self._asking: dict[tuple[ArtifactId, int], asyncio.Task[tuple[int, ...]]] = {}
         self._connections: set[socket.socket] = set()
-        self._kept: dict[ArtifactId, tuple[int, ...]] = {}
-        self._locked: set[ArtifactId] = set()
+        self._residents: dict[ArtifactId, Resident] = {}
         self._closed = False
 
     async def watch(self) -> AsyncIterator[Inventory]:
@@ -96,13 +133,13 @@ class Standby:
         try:
             async for message in call:
                 inventory = _inventory(message)
-                self._locked = {r.artifact for r in inventory.residents if r.locked}
+                self._residents = {r.artifact: r for r in inventory.residents}
                 yield inventory
         except grpc.aio.AioRpcError as error:
             raise self._translate(error) from error
         finally:
             call.cancel()
-            self._locked.clear()
+            self._residents.clear()
         raise self._gone("it ended its watch")
 
     async def load(self, artifact: ArtifactId, on_progress: Callable[[int, int], None]) -> Resident:
@@ -120,68 +157,127 @@ class Standby:
         raise self._gone("it ended a load without a result")
 
     async def release(self, artifact: ArtifactId) -> None:
-        """Give its memory back. Harmless where it is not resident. Kept descriptors stay until ``forget``."""
-        self._locked.discard(artifact)
+        """Give its memory back. Harmless where it is not resident. A GPU's is free only once nobody has a
+        descriptor of it open, so ours are closed first; the host's stay until ``forget``."""
+        self._residents.pop(artifact, None)
+        if self._is_gpu:
+            asking = [task for (asked, _), task in self._asking.items() if asked == artifact]
+            await asyncio.gather(*asking, return_exceptions=True)
+            self.forget(artifact)
         request = standby_pb2.ReleaseRequest(artifact_id=artifact)
         try:
             await self._stub.Release(request, timeout=RELEASE_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise self._translate(error) from error
 
-    async def descriptors(self, artifact: ArtifactId) -> tuple[int, ...]:
-        """A descriptor of each distinct blob, in the manifest's order. They stay ours; do not close them.
+    async def descriptors(self, artifact: ArtifactId, uid: int = NOBODY) -> tuple[int, ...]:
+        """Its descriptors, in the standby's order, to be given to ``uid``. They stay ours; do not close them.
 
-        Of a locked resident, kept ones are good; any other is asked for anew: that proves it again.
+        A host's are one for each distinct blob: of a locked resident, kept ones are good; any other is asked
+        for anew, which proves it again. A GPU's are its layout and its blocks: kept ones are good for the uid
+        that had them last; for another they are asked for anew, and proven again.
         """
-        kept = self._kept.get(artifact)
-        if kept is not None and artifact in self._locked:
-            return kept
-        asking = self._asking.get(artifact)
+        uid = uid if self._is_gpu else NOBODY
+        if self._are_good(artifact, uid):
+            return self.kept[artifact].fds
+        asking = self._asking.get((artifact, uid))
         if asking is None:
-            asking = asyncio.create_task(self._ask_and_keep(artifact))
-            self._asking[artifact] = asking
-            asking.add_done_callback(lambda task: self._asked(artifact, task))
+            asking = asyncio.create_task(self._ask_and_keep(artifact, uid))
+            self._asking[artifact, uid] = asking
+            asking.add_done_callback(lambda task: self._asked((artifact, uid), task))
         # One proof serves all who ask meanwhile, and goes on when one of them gives up.
-        return await asyncio.shield(asking)
+        descriptors = await asyncio.shield(asking)
+        if self._is_gpu and not self._are_good(artifact, uid):
+            raise self._gone(f"{artifact} was released meanwhile")
+        return descriptors
+
+    async def holds(self, artifact: ArtifactId) -> bool:
+        """Whether it has a resident that an inventory lacks, which may only be older than a load."""
+        try:
+            await self._ask_and_keep(artifact, NOBODY)
+        except CachedError as error:
+            if error.problem.reason == "STANDBY_GONE":
+                raise
+            return error.problem.kind not in (ErrorKind.DATA_LOSS, ErrorKind.NOT_FOUND)
+        return True
+
+    async def adopt(self, artifact: ArtifactId) -> Resident:
+        """Hand a GPU's kept duplicates to a standby that has begun anew and lacks them."""
+        duplicates = self.kept[artifact]
+        # Its own copies: ours may be closed, and their numbers reused, while a thread sends.
+        sent = tuple(map(os.dup, duplicates.fds))
+        loop = asyncio.get_running_loop()
+        header = {"adopt": artifact, "uid": duplicates.uid}
+        try:
+            _, received = await loop.run_in_executor(self._threads, self._ask, header, sent)
+        finally:
+            _close_all(sent)
+        _close_all(received)
+        self._residents[artifact] = duplicates.resident
+        return duplicates.resident
 
     def forget(self, artifact: ArtifactId) -> None:
-        """Close the kept descriptors, once nobody can be sending them any more."""
-        self._locked.discard(artifact)
-        self._close_later(self._kept.pop(artifact, ()))
-
-    def forget_all(self) -> None:
-        for artifact in list(self._kept):
-            self.forget(artifact)
+        """Close the kept descriptors; the host's once nobody can be sending them any more."""
+        self._residents.pop(artifact, None)
+        if self._is_gpu:
+            drop(self.kept, artifact)
+        elif artifact in self.kept:
+            self._close_later(self.kept.pop(artifact).fds)
 
     async def close(self) -> None:
-        """End the connection. What is being asked ends with an error; kept descriptors are forgotten."""
+        """End the connection. What is being asked ends with an error; a host's descriptors are forgotten."""
         self._closed = True
         for connection in list(self._connections):
             _shut_down(connection)  # wakes the thread that waits on it
         await asyncio.gather(*self._asking.values(), return_exceptions=True)
-        self.forget_all()
+        if not self._is_gpu:
+            for artifact in list(self.kept):
+                self.forget(artifact)
         self._threads.shutdown(wait=False)
         await self._channel.close()
 
     # --- descriptors --------------------------------------------------------------------------
 
-    async def _ask_and_keep(self, artifact: ArtifactId) -> tuple[int, ...]:
+    def _are_good(self, artifact: ArtifactId, uid: int) -> bool:
+        kept = self.kept.get(artifact)
+        if kept is None:
+            return False
+        if self._is_gpu:
+            return uid in (NOBODY, kept.uid)
+        resident = self._residents.get(artifact)
+        return resident is not None and resident.locked
+
+    async def _ask_and_keep(self, artifact: ArtifactId, uid: int) -> tuple[int, ...]:
+        if self._closed:
+            raise self._gone("the connection is closed")
         loop = asyncio.get_running_loop()
-        received = await loop.run_in_executor(self._threads, self._ask, artifact)
-        kept = self._kept.get(artifact)
-        if kept is not None and _same_files(kept, received):
+        request: dict[str, Any] = {"id": artifact, "uid": uid} if self._is_gpu else {"id": artifact}
+        try:
+            header, received = await loop.run_in_executor(self._threads, self._ask, request)
+        except CachedError as error:
+            if self._is_gpu and error.problem.kind in (ErrorKind.DATA_LOSS, ErrorKind.NOT_FOUND):
+                self.forget(artifact)  # it has given the memory up, and it is free only once we have too
+            raise
+        kept = self.kept.get(artifact)
+        if kept is not None and _same_files(kept.fds, received):
             _close_all(received)
-            return kept
-        self._close_later(self._kept.pop(artifact, ()))
-        self._kept[artifact] = received
+            self.kept[artifact] = replace(kept, uid=kept.uid if uid == NOBODY else uid)
+            return kept.fds
+        given_to = int(header.get("uid", UNKNOWN_UID)) if uid == NOBODY else uid
+        resident = self._residents.get(artifact, Resident(artifact, 0, False))
+        self.forget(artifact)
+        self._residents[artifact] = resident
+        self.kept[artifact] = Duplicates(resident, given_to, received)
         return received
 
-    def _asked(self, artifact: ArtifactId, task: asyncio.Task[tuple[int, ...]]) -> None:
-        self._asking.pop(artifact, None)
+    def _asked(self, key: tuple[ArtifactId, int], task: asyncio.Task[tuple[int, ...]]) -> None:
+        self._asking.pop(key, None)
         if not task.cancelled():
             task.exception()  # seen, also where everyone who waited has given up
 
-    def _ask(self, artifact: ArtifactId) -> tuple[int, ...]:
+    def _ask(
+        self, request: dict[str, Any], sent: tuple[int, ...] = ()
+    ) -> tuple[dict[str, Any], tuple[int, ...]]:
         """In a thread: one exchange on the descriptor socket."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._connections.add(connection)
@@ -190,7 +286,7 @@ class Standby:
             connection.connect(str(self._fds_path))
             if self._closed:  # from here on, close() wakes this thread
                 raise self._gone("the connection is closed")
-            fds.send(connection, {"id": artifact})
+            fds.send(connection, request, sent)
             header, received = fds.receive(connection)
         except (OSError, fds.FramingError) as error:
             raise self._gone(str(error)) from error
@@ -200,7 +296,7 @@ class Standby:
         if "error" in header:
             _close_all(tuple(received))
             raise _from_header(header["error"])
-        return tuple(received)
+        return header, tuple(received)
 
     def _close_later(self, descriptors: tuple[int, ...]) -> None:
         if descriptors:
@@ -209,8 +305,7 @@ class Standby:
     # --- answers --------------------------------------------------------------------------------
 
     def _loaded(self, resident: Resident) -> Resident:
-        change = self._locked.add if resident.locked else self._locked.discard
-        change(resident.artifact)
+        self._residents[resident.artifact] = resident
         return resident
 
     def _gone(self, why: str) -> CachedError:
@@ -248,6 +343,18 @@ def _inventory(message: standby_pb2.Inventory) -> Inventory:
         cannot_lock_reason=message.cannot_lock_reason,
         write_protected=message.write_protected,
         residents=tuple(map(_resident, message.residents)),
+        gpu=_gpu(message.gpu) if message.HasField("gpu") else None,
+    )
+
+
+def _gpu(message: standby_pb2.Gpu) -> Gpu:
+    return Gpu(
+        index=message.index,
+        name=message.name,
+        total_bytes=message.total_bytes,
+        free_bytes=message.free_bytes,
+        outside_bytes=message.outside_bytes,
+        unfit_reason=message.unfit_reason,
     )
 
 

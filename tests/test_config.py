@@ -10,6 +10,7 @@ import pytest
 
 from cached.config import (
     MAX_CONFIG_BYTES,
+    PinSettings,
     Settings,
     SourceSettings,
     TransferSettings,
@@ -226,6 +227,21 @@ def test_the_longest_prefix_that_covers_a_ref_holds(tmp_path: Path) -> None:
     assert source_for((), "hf://a/b") == SourceSettings("hf://a/b")
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ('ref = "nowhere"', "pin[0]: 'nowhere' is not a ref"),
+        ('ref = "hf://a/b"\non = "cuda:0"', "pin[0].on: 'cuda:0' may be another GPU after a restart"),
+        ('ref = "hf://a/b"\non = "gpu"', "pin[0]: 'gpu' is not a device"),
+        ('ref = "hf://a/b"\non = "host"\ncopies = 2', "pin[0].copies: copies go with cuda:any"),
+        ('ref = "hf://a/b"\nunclaimed = true', "pin[0].unclaimed: it is about GPUs"),
+        ('ref = "hf://a/b"\n[[pin]]\nref = "hf://a/b/"', "pin[1]: hf://a/b/ is pinned there twice"),
+    ],
+)
+def test_pins_that_mean_nothing_are_refused(tmp_path: Path, keys: str, message: str) -> None:
+    assert message in problem_of(tmp_path, f"[[pin]]\n{keys}").message
+
+
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cached.toml"
     path.write_bytes(b"\xff\xfe")
@@ -256,6 +272,9 @@ def test_the_documented_example_is_read_and_shows_every_key(tmp_path: Path) -> N
             shown_keys = set(shown["source"][0]) | {"token_file", "anonymous"}
             assert shown_keys == {f.name for f in dataclasses.fields(SourceSettings)}
             assert "# token_file = " in example and "# anonymous = " in example
+            continue
+        if group.name == "pin":
+            assert set(shown["pin"][0]) == {f.name for f in dataclasses.fields(PinSettings)}
             continue
         keys = {f.name for f in dataclasses.fields(default)} if dataclasses.is_dataclass(default) else set()
         assert group.name in shown

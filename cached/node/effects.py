@@ -43,12 +43,14 @@ from cached.node.disk import Disk
 from cached.node.meter import Meter
 from cached.plan import is_read_soon
 from cached.plan import types as t
-from cached.standby import Standby
+from cached.standby import Standby, is_gpu
 from cached.store import Store
 
 BUSY_TRIES = 20
 BUSY_PAUSE_S = 0.5
 RELEASE_TRIES = 10
+HELD_PAUSE_S = 1.0
+"""Between two looks whether a GPU's memory, which somebody still has mapped, is free by now."""
 MEASURED_BYTES = 8 * 1024 * 1024
 """What comes in less says more about the way to an origin than about its rate."""
 
@@ -103,8 +105,10 @@ class Effects:
                 self._loads[device, artifact] = task
             case t.Release(device, artifact, why):
                 self.core.spawn(self._release(device, artifact, why), f"release {artifact} from {device}")
-            case t.Place() | t.Unplace():
-                pass
+            case t.Place(claim, device):
+                log.info("a copy is placed", claim=claim, device=device)
+            case t.Unplace(claim, device, why):
+                log.info("a copy moves away", claim=claim, device=device, why=why)
             case t.CannotFetch(_, problem) | t.CannotLoad(_, _, problem):
                 self._tell(problem)
             case t.Grant(claim):
@@ -270,7 +274,8 @@ class Effects:
 
     async def _load(self, device: Device, artifact: ArtifactId) -> None:
         spot, began = (device, artifact), time.monotonic()
-        size_bytes = self.core.state.artifacts[artifact].artifact.size_bytes
+        known = self.core.state.artifacts[artifact].artifact
+        size_bytes = sum(size for _, size in known.images) if is_gpu(device) else known.size_bytes
         meter = self.loading[spot] = Meter(Phase.LOADING, size_bytes, began)
         outcome: Outcome = "failed"
         try:
@@ -319,20 +324,27 @@ class Effects:
 
     async def _release(self, device: Device, artifact: ArtifactId, why: str) -> None:
         log.info("releasing", artifact=artifact, device=device, why=why)
-        standby = self.standbys.get(device)
-        for _ in range(RELEASE_TRIES):
-            if standby is None or self.standbys.get(device) is not standby:
-                # Its end was an event, and took every residency along; a successor's are not meant.
-                return
+        standby, tries, told = self.standbys.get(device), 0, ""
+        while standby is not None and self.standbys.get(device) is standby:
             try:
                 await standby.release(artifact)
                 standby.forget(artifact)
                 self.core.post(t.Released(device, artifact))
                 return
             except CachedError as error:
-                self._tell(error.problem, artifact=artifact, device=device)
+                problem, tries = error.problem, tries + 1
+            if problem.reason != told:
+                told = problem.reason
+                self._tell(problem, artifact=artifact, device=device)
+            if is_gpu(device):
+                # However long somebody has it mapped, or the device is ill: it is not free, and shown so.
+                self.core.post(t.HeldOutside(device, artifact, problem))
+                await asyncio.sleep(HELD_PAUSE_S)
+            elif tries < RELEASE_TRIES:
                 await asyncio.sleep(BUSY_PAUSE_S)
-        raise RuntimeError(f"the standby of {device} does not release {artifact}")
+            else:
+                raise RuntimeError(f"the standby of {device} does not release {artifact}")
+        # Its end was an event, and took every residency along; a successor's are not meant.
 
     # --- claims -----------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from cached.model import (
     CachedError,
     Claim,
     ClaimId,
+    ClaimKind,
     Device,
     ErrorKind,
     Holder,
@@ -33,10 +34,12 @@ from cached.node.disk import Disk
 from cached.node.effects import Effects
 from cached.node.views import ModelView
 from cached.plan import types as t
+from cached.standby import Standby, is_gpu
 from cached.store import Store
 
 LEASES_EVERY_S = 0.25
 TOKEN_LIFE_S = 30.0
+OTHER_UID_RETRY_S = 5.0
 
 log = structlog.get_logger("cached.node")
 
@@ -45,13 +48,14 @@ log = structlog.get_logger("cached.node")
 class Granted:
     """An acquire's end. ``token`` is empty unless a descriptor is to be fetched with it.
 
-    ``blobs`` is the number of descriptors that the handoff sends of the memory, so that a client can look
-    whether it may have so many open before it spends the token.
+    ``device`` is where it is granted from. ``blobs`` is the number of descriptors that the handoff sends of
+    the memory, so that a client can look whether it may have so many open before it spends the token.
     """
 
     token: str
     lease: ClaimId | None
     model: ModelView
+    device: Device
     blobs: int = 0
 
 
@@ -99,17 +103,26 @@ class Grants:
         path = str(self._store.tree_path(claim.artifact))
         model = replace(model, artifact=claim.artifact, revision=claim.revision, path=path)
         if not keep:
-            return Granted("", None, model)
+            return Granted("", None, model, claim.device)
         if ttl_s is None:
+            blobs = await self._blobs(claim.device, claim.artifact)
             token = secrets.token_urlsafe(32)
             self._tokens[token] = (claim_id, time.monotonic() + TOKEN_LIFE_S)
-            return Granted(token, claim_id, model, self._blobs(claim.device, claim.artifact))
+            return Granted(token, claim_id, model, claim.device, blobs)
         await self._prolong(claim, ttl_s)
-        return Granted("", claim_id, model)
+        return Granted("", claim_id, model, claim.device)
 
-    def _blobs(self, device: Device, artifact: ArtifactId) -> int:
+    async def _blobs(self, device: Device, artifact: ArtifactId) -> int:
+        if is_gpu(device):
+            return len(await self._standby(device).descriptors(artifact))
         proven = self._core.state.artifacts.get(artifact)
         return 0 if device == DISK or proven is None else len(proven.artifact.blobs)
+
+    def _standby(self, device: Device) -> Standby:
+        standby = self._effects.standbys.get(device)
+        if standby is None:
+            raise _standby_lost(device)
+        return standby
 
     async def _prolong(self, claim: Claim, ttl_s: int) -> float:
         """No promise before it is durable."""
@@ -137,19 +150,43 @@ class Grants:
 
     async def _handoff(self, claim: Claim, artifact: ArtifactId) -> Package:
         index = await self._disk.call(self._store.manifest_bytes, artifact)
+        assert claim.holder is not None and claim.holder.uid is not None
         blobs: tuple[int, ...] = ()
+        if is_gpu(claim.device):
+            self._share(claim, artifact, claim.holder.uid)
         if claim.device != DISK:
-            standby = self._effects.standbys.get(claim.device)
-            if standby is None:
-                raise _standby_lost(claim.device)
-            blobs = await standby.descriptors(artifact)
+            blobs = await self._descriptors(claim, artifact, claim.holder.uid)
         if claim.id not in self._core.state.claims:
             raise _standby_lost(claim.device)
         lease_fd = self._leases.create(claim)
-        assert claim.holder is not None
         self._core.post(t.Held(claim.id, claim.holder))
         log.info("handed out", lease=claim.id, artifact=artifact, device=claim.device, uid=claim.holder.uid)
         return Package(self._header(claim, artifact), index, lease_fd, blobs)
+
+    async def _descriptors(self, claim: Claim, artifact: ArtifactId, uid: int) -> tuple[int, ...]:
+        try:
+            return await self._standby(claim.device).descriptors(artifact, uid)
+        except CachedError as error:
+            gone = error.problem.kind in (ErrorKind.DATA_LOSS, ErrorKind.NOT_FOUND)
+            if not gone or not is_gpu(claim.device):
+                raise
+            # Only that copy is lost, and the standby says so itself next.
+            log.error(error.problem.message, reason=error.problem.reason, device=claim.device)
+            raise _withdrawn(claim.ref) from error
+
+    def _share(self, claim: Claim, artifact: ArtifactId, uid: int) -> None:
+        """Whoever holds a GPU's memory could write to it: only one uid at a time does.
+
+        Raises CachedError (HELD_BY_OTHER_UID) while a lease of another's lives.
+        """
+        for other in self._core.state.claims_on(claim.device, artifact):
+            seen = other.holder.uid if other.holder is not None else None
+            if other.kind is ClaimKind.LEASE and other.id != claim.id and seen not in (None, uid):
+                raise _held_by(claim, other, uid)
+        # Known at once, so that nobody else is given it while the standby is asked.
+        assert claim.holder is not None
+        self._core.post(t.Held(claim.id, claim.holder))
+        self._core.turn(time.time())
 
     def _header(self, claim: Claim, artifact: ArtifactId) -> dict[str, str | int | bool]:
         note = self._core.state.notes.get(claim.ref)
@@ -203,6 +240,16 @@ def _seen(holder: Holder | None, uid: int) -> Holder:
 
 def _withdrawn(ref: str) -> CachedError:
     return temporary("WITHDRAWN", f"{ref} was withdrawn while it was handed out", "acquire again", 1.0)
+
+
+def _held_by(claim: Claim, other: Claim, uid: int) -> CachedError:
+    holder = other.holder.words() if other.holder is not None else "somebody"
+    return temporary(
+        "HELD_BY_OTHER_UID",
+        f"{claim.ref} on {claim.device} is shared within one uid, and {holder} holds it; this is uid {uid}",
+        "run replicas that are to share a GPU's copy as one uid, or acquire it from host or disk",
+        OTHER_UID_RETRY_S,
+    )
 
 
 def _standby_lost(device: Device) -> CachedError:

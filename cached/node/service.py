@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -36,13 +35,17 @@ from cached.model import (
     Phase,
     Progress,
     Ref,
+    Room,
     permanent,
 )
 from cached.node.capacity import Capacity
+from cached.node.claimed import ClaimedGpus
 from cached.node.core import Core
+from cached.node.devices import meant, no_pool, one_gpu
 from cached.node.disk import Disk
 from cached.node.effects import Effects, refresh_claim
 from cached.node.grants import Granted, Grants, check_ttl
+from cached.node.pins import Pins, pin_of, pins_of_file
 from cached.node.pressure import Pressure, own_group
 from cached.node.scrub import Scrubber
 from cached.node.standbys import Standbys
@@ -74,7 +77,15 @@ class Proof:
 class Node:
     """One node's cache. Made by the composition root, within a running event loop."""
 
-    def __init__(self, settings: Settings, store: Store, pool: FetchPool, metrics: Metrics, fs: Fs) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        pool: FetchPool,
+        metrics: Metrics,
+        fs: Fs,
+        config_file: str = "",
+    ) -> None:
         self._settings = settings
         self._store = store
         self._pool = pool
@@ -89,9 +100,9 @@ class Node:
         run_dir = Path(settings.run_dir)
         self._leases = Leases(run_dir / "leases", fs)
         self._grants = Grants(self._core, self._effects, store, self._disk, self._leases)
-        self._standbys = Standbys(
-            run_dir, self._core, self._effects, metrics, settings.standby.host_capacity_bytes
-        )
+        self._standbys = Standbys(run_dir, self._core, self._effects, metrics, settings.standby)
+        self._claimed = ClaimedGpus(settings.standby.pod_resources, self._core, metrics)
+        self._pins = Pins(self._core, self._effects, config_file)
         group = own_group(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
         self.pressure = Pressure(settings.pressure, own_dir=group)
         self._began = time.monotonic()
@@ -110,7 +121,7 @@ class Node:
             t.Recovered(
                 scan.artifacts,
                 scan.notes,
-                (*scan.claims, *leases),
+                (*scan.claims, *pins_of_file(self._settings.pin), *leases),
                 tuple(i.revision for i in scan.ingests),
                 scan.asides,
                 {i.revision.key: i.ran_at for i in scan.ingests},
@@ -119,6 +130,8 @@ class Node:
         self._recovered = True
         self._core.spawn(self._core.run(), "core")
         self._core.spawn(self._standbys.run(), "standbys")
+        if self._settings.standby.pod_resources != "":
+            self._core.spawn(self._claimed.run(), "claimed GPUs")
         self._core.spawn(self._grants.run(), "leases")
         self._core.spawn(self._capacity.run(), "capacity")
         self._core.spawn(self._scrubber.run(), "scrubber")
@@ -149,11 +162,11 @@ class Node:
 
     async def _measure(self) -> None:
         while True:
-            kinds = [c.kind for c in self._core.state.claims.values()]
+            counts = self.counts()
             self._metrics.set_claims(
-                leases=kinds.count(ClaimKind.LEASE),
-                pins=kinds.count(ClaimKind.PIN),
-                prefetches=kinds.count(ClaimKind.PREFETCH),
+                leases=counts[ClaimKind.LEASE],
+                pins=counts[ClaimKind.PIN],
+                prefetches=counts[ClaimKind.PREFETCH],
             )
             disk, asides = self._core.state.disk, self._core.state.asides.values()
             self._metrics.set_over_capacity(max(0, disk.ledger.used_bytes - disk.capacity_bytes))
@@ -163,6 +176,10 @@ class Node:
                     self._metrics.set_device(
                         place.device, place.used_bytes, place.capacity_bytes, place.artifacts
                     )
+                if place.gpu is not None:
+                    gpu = place.gpu
+                    unfit = bool(gpu.unfit_reason)
+                    self._metrics.set_gpu(place.device, gpu.free_bytes, gpu.outside_bytes, unfit)
             await asyncio.sleep(METRICS_EVERY_S)
 
     async def _heed_pressure(self) -> None:
@@ -201,16 +218,27 @@ class Node:
             raise CachedError(problem)
 
     async def acquire(
-        self, ref: Ref, device: Device, holder: Holder, fresh: bool, ttl_s: int | None, keep: bool
+        self,
+        ref: Ref,
+        device: Device,
+        holder: Holder,
+        fresh: bool,
+        ttl_s: int | None,
+        keep: bool,
+        prefers: tuple[Device, ...] = (),
+        room: Room | None = None,
     ) -> AsyncGenerator[Progress | Granted]:
         """Claim, wait, grant. ``keep`` False waits only; ``ttl_s`` makes a lease that ends by itself.
 
-        Closing the iterator before it has granted ends the claim.
+        ``prefers`` and ``room`` are a claim's. Closing the iterator before it has granted ends the claim.
         """
         if ttl_s is not None:
             check_ttl(ttl_s)
-        claim = self._new_claim(ClaimKind.LEASE, ref, device, fresh, holder)
-        began, warm = time.monotonic(), self._is_warm(ref, device)
+        if room is not None:
+            room = replace(room, device=one_gpu(self._core.state, room.device))
+        claim = self._new_claim(ClaimKind.LEASE, ref, self._one(device), fresh, holder)
+        claim = replace(claim, prefers=tuple(map(self._one, prefers)), room=room)
+        began, warm = time.monotonic(), any(self._is_warm(ref, d) for d in (claim.device, *claim.prefers))
         granted = False
         try:
             async with contextlib.aclosing(self._wait(claim)) as waiting:
@@ -220,11 +248,14 @@ class Node:
             self._metrics.phase_took("total", time.monotonic() - began)
             grant = await self._grants.grant(claim.id, self.model(ref), ttl_s, keep)
             granted = True
-            log.info("granted", lease=claim.id, ref=ref, artifact=grant.model.artifact, device=device)
+            log.info("granted", lease=claim.id, ref=ref, artifact=grant.model.artifact, device=grant.device)
             yield grant
         finally:
             if not granted or not keep:
                 self._core.end(claim.id)
+
+    def _one(self, device: Device) -> Device:
+        return no_pool(meant(self._core.state, device))
 
     def _is_warm(self, ref: Ref, device: Device) -> bool:
         note = self._core.state.notes.get(ref)
@@ -281,19 +312,36 @@ class Node:
             async for step in steps:
                 yield step
 
-    async def pin(self, ref: Ref, device: Device, wait: bool) -> AsyncGenerator[Progress | ModelView]:
+    async def pin(
+        self,
+        ref: Ref,
+        device: Device,
+        wait: bool,
+        copies: int = 1,
+        priority: int = 0,
+        unclaimed: bool = False,
+    ) -> AsyncGenerator[Progress | ModelView]:
         """Keep there until unpinned. What is here already is kept from this moment; the origin is asked
         beside that for what is newer."""
-        self._core.check_room()
-        name = hashlib.sha256(f"{ref}\0{device}".encode()).hexdigest()[:32]
-        pin = Claim(ClaimId(f"pin-{name}"), ClaimKind.PIN, ref, device, time.time())
-        if pin.id not in self._core.state.claims:
-            await self._effects.promise(pin)
-            if pin.id not in self._core.state.claims:
-                self._core.post(t.ClaimMade(pin))
-                self._core.turn(time.time())
+        device = meant(self._core.state, device)
+        await self._pins.make(pin_of(ref, device, copies, priority, unclaimed))
+        async with contextlib.aclosing(self._once_kept(ref, device, wait)) as steps:
+            async for step in steps:
+                yield step
+
+    async def swap(
+        self, out: Ref, ref: Ref, device: Device, wait: bool
+    ) -> AsyncGenerator[Progress | ModelView]:
+        """Pin ``ref`` on a device and unpin ``out`` there, as one plan."""
+        device = self._one(device)
+        await self._pins.swap(out, pin_of(ref, device))
+        async with contextlib.aclosing(self._once_kept(ref, device, wait)) as steps:
+            async for step in steps:
+                yield step
+
+    async def _once_kept(self, ref: Ref, device: Device, wait: bool) -> AsyncGenerator[Progress | ModelView]:
         if not wait:
-            self._core.post(t.ClaimMade(refresh_claim(ref, device)))
+            self._core.post(t.ClaimMade(refresh_claim(ref, DISK)))
         async with contextlib.aclosing(self._until_there(ref, device, wait)) as steps:
             async for step in steps:
                 yield step
@@ -312,16 +360,8 @@ class Node:
         yield self.model(ref)
 
     async def unpin(self, ref: Ref) -> int:
-        """Ends the ref's pins; returns how many there were. Raises NOT_FOUND where there is none."""
-        pins = [c for c in self._core.state.claims.values() if c.kind is ClaimKind.PIN and c.ref == ref]
-        if not pins:
-            raise permanent(
-                ErrorKind.NOT_FOUND, "NOT_PINNED", f"{ref} is not pinned", "'cachectl ls' shows the pins"
-            )
-        for pin in pins:
-            await self._effects.forget_claim(pin.id)
-            self._core.end(pin.id)
-        return len(pins)
+        """Ends the ref's pins, but for the configuration file's; returns how many there were."""
+        return await self._pins.end(ref)
 
     async def evict(self, text: str) -> tuple[ArtifactId, int]:
         """Release idle residents and remove from disk. Returns the id and the bytes that it had.
@@ -399,7 +439,8 @@ class Node:
         return Views(self._core.state).places()
 
     def counts(self) -> dict[ClaimKind, int]:
-        kinds = [c.kind for c in self._core.state.claims.values()]
+        state = self._core.state
+        kinds = [claim.kind for claim in state.claims.values() if claim.id not in state.members]
         return {kind: kinds.count(kind) for kind in ClaimKind}
 
     @property
@@ -437,8 +478,16 @@ class Node:
 
 
 def _rules(settings: Settings) -> t.Rules:
-    store = settings.store
-    return t.Rules(store.high_watermark, store.low_watermark, store.quarantine_keep_s, store.leftovers_keep_s)
+    store, standby = settings.store, settings.standby
+    return t.Rules(
+        store.high_watermark,
+        store.low_watermark,
+        store.quarantine_keep_s,
+        store.leftovers_keep_s,
+        gpu_reserve_bytes=standby.gpu_reserve_bytes,
+        claimed_grace_s=standby.claimed_grace_s,
+        starting_s=standby.starting_s,
+    )
 
 
 def _not_here(text: str) -> CachedError:

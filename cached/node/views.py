@@ -13,6 +13,7 @@ from cached.model import (
     ArtifactId,
     Claim,
     Device,
+    Gpu,
     Inventory,
     ManifestFile,
     Phase,
@@ -32,6 +33,8 @@ class ResidencyView:
     step: str
     size_bytes: int
     locked: bool
+    hits: int = 0
+    last_used_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,8 @@ class PlaceView:
     connected: bool
     remarks: tuple[str, ...]
     pid: int
+    gpu: Gpu | None = None
+    claimed_by: str = ""
 
 
 class Views:
@@ -78,7 +83,8 @@ class Views:
         self._state = state
         self._claims: dict[Ref, list[Claim]] = {}
         for claim in state.claims.values():
-            self._claims.setdefault(claim.ref, []).append(claim)
+            if claim.id not in state.members:  # a pool's copies show by where they stand
+                self._claims.setdefault(claim.ref, []).append(claim)
         self._transfers: dict[Ref, t.Transfer] = {}
         for transfer in state.transfers.values():
             self._transfers[transfer.revision.ref] = transfer
@@ -142,7 +148,10 @@ class Views:
         for device, _ in self._state.devices_of(artifact):
             residency = self._state.residencies[device, artifact]
             size_bytes = sum(size for _, size in residency.items)
-            found.append(ResidencyView(device, residency.step.value, size_bytes, residency.locked))
+            hits, used_at = round(residency.hits), residency.last_used_at
+            found.append(
+                ResidencyView(device, residency.step.value, size_bytes, residency.locked, hits, used_at)
+            )
         return tuple(found)
 
     def _residency_problem(self, artifact: ArtifactId) -> Problem | None:
@@ -181,6 +190,8 @@ class Views:
             inventory is not None,
             _remarks(place.inventory),
             inventory.pid if inventory else 0,
+            inventory.gpu if inventory else None,
+            (self._state.claimed_gpus or {}).get(device, ""),
         )
 
 
@@ -192,6 +203,8 @@ def waiting_for(state: State, claim: Claim) -> Progress:
         transfer = state.transfers.get(claim.revision)
         running = transfer is not None and transfer.step is t.Step.RUNNING
         return _phase(Phase.FETCHING if running else Phase.QUEUED, transfer)
+    if claim.room is not None and not state.lacks(claim, claim.artifact):
+        return Progress(Phase.WAITING, message=f"room is made on {claim.room.device}")
     place = state.places.get(claim.device)
     if place is None or (claim.device != DISK and place.inventory is None):
         return Progress(Phase.WAITING, message=f"no standby for {claim.device} is connected")
@@ -221,9 +234,20 @@ def _disk_remarks(state: State) -> tuple[str, ...]:
 def _remarks(inventory: Inventory | None) -> tuple[str, ...]:
     if inventory is None:
         return ("no standby is connected",)
+    if inventory.gpu is not None:
+        return _gpu_remarks(inventory.gpu)
     remarks = []
     if not inventory.can_lock:
         remarks.append(f"memory cannot be locked: {inventory.cannot_lock_reason}")
     if not inventory.write_protected:
         remarks.append("the standby's view of the store is writable: a root replica could change files")
+    return tuple(remarks)
+
+
+def _gpu_remarks(gpu: Gpu) -> tuple[str, ...]:
+    remarks = []
+    if gpu.unfit_reason:
+        remarks.append(f"unfit, nothing may stand there: {gpu.unfit_reason}")
+    if gpu.outside_bytes:
+        remarks.append(f"{gpu.outside_bytes / 1e9:.2f} GB were given back and are still mapped by somebody")
     return tuple(remarks)

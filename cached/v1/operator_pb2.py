@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cached.v1 import model_cache_pb2 as cached_dot_v1_dot_model__cache__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63\x61\x63hed/v1/operator.proto\x12\tcached.v1\x1a\x1b\x63\x61\x63hed/v1/model_cache.proto\",\n\x0fPrefetchRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x0c\n\x04wait\x18\x02 \x01(\x08\"l\n\nPinRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0c\n\x04wait\x18\x03 \x01(\x08\x12\x0e\n\x06\x63opies\x18\x04 \x01(\r\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x11\n\tunclaimed\x18\x06 \x01(\x08\"`\n\nClaimEvent\x12\'\n\x08progress\x18\x01 \x01(\x0b\x32\x13.cached.v1.ProgressH\x00\x12 \n\x04\x64one\x18\x02 \x01(\x0b\x32\x10.cached.v1.ModelH\x00\x42\x07\n\x05\x65vent\"\x1b\n\x0cUnpinRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"\x1d\n\rUnpinResponse\x12\x0c\n\x04pins\x18\x01 \x01(\r\"\x1b\n\x0c\x45victRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"0\n\rEvictResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x04\"\x1c\n\rVerifyRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"h\n\x0bVerifyEvent\x12\'\n\x08progress\x18\x01 \x01(\x0b\x32\x13.cached.v1.ProgressH\x00\x12\'\n\x08verified\x18\x02 \x01(\x0b\x32\x13.cached.v1.VerifiedH\x00\x42\x07\n\x05\x65vent\"N\n\x08Verified\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\n\n\x02ok\x18\x03 \x01(\x08\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\x0f\n\rStatusRequest\"\xfb\x01\n\nNodeStatus\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61ta_dir\x18\x02 \x01(\t\x12\x0f\n\x07run_dir\x18\x03 \x01(\t\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12 \n\x06places\x18\x05 \x03(\x0b\x32\x10.cached.v1.Place\x12\x0e\n\x06models\x18\x06 \x01(\r\x12\x0e\n\x06leases\x18\x07 \x01(\r\x12\x0c\n\x04pins\x18\x08 \x01(\r\x12\x12\n\nprefetches\x18\t \x01(\r\x12\x11\n\ttransfers\x18\n \x01(\r\x12\r\n\x05loads\x18\x0b \x01(\r\x12\x14\n\x0corigin_bytes\x18\x0c \x01(\x04\x12\x0b\n\x03pid\x18\r \x01(\x03\"\x92\x02\n\x05Place\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x02 \x01(\x04\x12\x12\n\nused_bytes\x18\x03 \x01(\x04\x12\x15\n\rclaimed_bytes\x18\x04 \x01(\x04\x12\x11\n\tconnected\x18\x05 \x01(\x08\x12\x0f\n\x07remarks\x18\x06 \x03(\t\x12\x0b\n\x03pid\x18\x07 \x01(\x03\x12\r\n\x05index\x18\x08 \x01(\x05\x12\x0c\n\x04name\x18\t \x01(\t\x12\x13\n\x0btotal_bytes\x18\n \x01(\x04\x12\x12\n\nfree_bytes\x18\x0b \x01(\x04\x12\x15\n\routside_bytes\x18\x0c \x01(\x04\x12\x14\n\x0cunfit_reason\x18\r \x01(\t\x12\x12\n\nclaimed_by\x18\x0e \x01(\t2\xf3\x02\n\x08Operator\x12?\n\x08Prefetch\x12\x1a.cached.v1.PrefetchRequest\x1a\x15.cached.v1.ClaimEvent0\x01\x12\x35\n\x03Pin\x12\x15.cached.v1.PinRequest\x1a\x15.cached.v1.ClaimEvent0\x01\x12:\n\x05Unpin\x12\x17.cached.v1.UnpinRequest\x1a\x18.cached.v1.UnpinResponse\x12:\n\x05\x45vict\x12\x17.cached.v1.EvictRequest\x1a\x18.cached.v1.EvictResponse\x12<\n\x06Verify\x12\x18.cached.v1.VerifyRequest\x1a\x16.cached.v1.VerifyEvent0\x01\x12\x39\n\x06Status\x12\x18.cached.v1.StatusRequest\x1a\x15.cached.v1.NodeStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63\x61\x63hed/v1/operator.proto\x12\tcached.v1\x1a\x1b\x63\x61\x63hed/v1/model_cache.proto\",\n\x0fPrefetchRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x0c\n\x04wait\x18\x02 \x01(\x08\"l\n\nPinRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0c\n\x04wait\x18\x03 \x01(\x08\x12\x0e\n\x06\x63opies\x18\x04 \x01(\r\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x11\n\tunclaimed\x18\x06 \x01(\x08\"`\n\nClaimEvent\x12\'\n\x08progress\x18\x01 \x01(\x0b\x32\x13.cached.v1.ProgressH\x00\x12 \n\x04\x64one\x18\x02 \x01(\x0b\x32\x10.cached.v1.ModelH\x00\x42\x07\n\x05\x65vent\"\x1b\n\x0cUnpinRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"\x1d\n\rUnpinResponse\x12\x0c\n\x04pins\x18\x01 \x01(\r\"E\n\x0bSwapRequest\x12\x0b\n\x03out\x18\x01 \x01(\t\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0c\n\x04wait\x18\x04 \x01(\x08\"\x1b\n\x0c\x45victRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"0\n\rEvictResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x04\"\x1c\n\rVerifyRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"h\n\x0bVerifyEvent\x12\'\n\x08progress\x18\x01 \x01(\x0b\x32\x13.cached.v1.ProgressH\x00\x12\'\n\x08verified\x18\x02 \x01(\x0b\x32\x13.cached.v1.VerifiedH\x00\x42\x07\n\x05\x65vent\"N\n\x08Verified\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\n\n\x02ok\x18\x03 \x01(\x08\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\x0f\n\rStatusRequest\"\xfb\x01\n\nNodeStatus\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61ta_dir\x18\x02 \x01(\t\x12\x0f\n\x07run_dir\x18\x03 \x01(\t\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12 \n\x06places\x18\x05 \x03(\x0b\x32\x10.cached.v1.Place\x12\x0e\n\x06models\x18\x06 \x01(\r\x12\x0e\n\x06leases\x18\x07 \x01(\r\x12\x0c\n\x04pins\x18\x08 \x01(\r\x12\x12\n\nprefetches\x18\t \x01(\r\x12\x11\n\ttransfers\x18\n \x01(\r\x12\r\n\x05loads\x18\x0b \x01(\r\x12\x14\n\x0corigin_bytes\x18\x0c \x01(\x04\x12\x0b\n\x03pid\x18\r \x01(\x03\"\x92\x02\n\x05Place\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x02 \x01(\x04\x12\x12\n\nused_bytes\x18\x03 \x01(\x04\x12\x15\n\rclaimed_bytes\x18\x04 \x01(\x04\x12\x11\n\tconnected\x18\x05 \x01(\x08\x12\x0f\n\x07remarks\x18\x06 \x03(\t\x12\x0b\n\x03pid\x18\x07 \x01(\x03\x12\r\n\x05index\x18\x08 \x01(\x05\x12\x0c\n\x04name\x18\t \x01(\t\x12\x13\n\x0btotal_bytes\x18\n \x01(\x04\x12\x12\n\nfree_bytes\x18\x0b \x01(\x04\x12\x15\n\routside_bytes\x18\x0c \x01(\x04\x12\x14\n\x0cunfit_reason\x18\r \x01(\t\x12\x12\n\nclaimed_by\x18\x0e \x01(\t2\xac\x03\n\x08Operator\x12?\n\x08Prefetch\x12\x1a.cached.v1.PrefetchRequest\x1a\x15.cached.v1.ClaimEvent0\x01\x12\x35\n\x03Pin\x12\x15.cached.v1.PinRequest\x1a\x15.cached.v1.ClaimEvent0\x01\x12:\n\x05Unpin\x12\x17.cached.v1.UnpinRequest\x1a\x18.cached.v1.UnpinResponse\x12\x37\n\x04Swap\x12\x16.cached.v1.SwapRequest\x1a\x15.cached.v1.ClaimEvent0\x01\x12:\n\x05\x45vict\x12\x17.cached.v1.EvictRequest\x1a\x18.cached.v1.EvictResponse\x12<\n\x06Verify\x12\x18.cached.v1.VerifyRequest\x1a\x16.cached.v1.VerifyEvent0\x01\x12\x39\n\x06Status\x12\x18.cached.v1.StatusRequest\x1a\x15.cached.v1.NodeStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,22 +42,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UNPINREQUEST']._serialized_end=349
   _globals['_UNPINRESPONSE']._serialized_start=351
   _globals['_UNPINRESPONSE']._serialized_end=380
-  _globals['_EVICTREQUEST']._serialized_start=382
-  _globals['_EVICTREQUEST']._serialized_end=409
-  _globals['_EVICTRESPONSE']._serialized_start=411
-  _globals['_EVICTRESPONSE']._serialized_end=459
-  _globals['_VERIFYREQUEST']._serialized_start=461
-  _globals['_VERIFYREQUEST']._serialized_end=489
-  _globals['_VERIFYEVENT']._serialized_start=491
-  _globals['_VERIFYEVENT']._serialized_end=595
-  _globals['_VERIFIED']._serialized_start=597
-  _globals['_VERIFIED']._serialized_end=675
-  _globals['_STATUSREQUEST']._serialized_start=677
-  _globals['_STATUSREQUEST']._serialized_end=692
-  _globals['_NODESTATUS']._serialized_start=695
-  _globals['_NODESTATUS']._serialized_end=946
-  _globals['_PLACE']._serialized_start=949
-  _globals['_PLACE']._serialized_end=1223
-  _globals['_OPERATOR']._serialized_start=1226
-  _globals['_OPERATOR']._serialized_end=1597
+  _globals['_SWAPREQUEST']._serialized_start=382
+  _globals['_SWAPREQUEST']._serialized_end=451
+  _globals['_EVICTREQUEST']._serialized_start=453
+  _globals['_EVICTREQUEST']._serialized_end=480
+  _globals['_EVICTRESPONSE']._serialized_start=482
+  _globals['_EVICTRESPONSE']._serialized_end=530
+  _globals['_VERIFYREQUEST']._serialized_start=532
+  _globals['_VERIFYREQUEST']._serialized_end=560
+  _globals['_VERIFYEVENT']._serialized_start=562
+  _globals['_VERIFYEVENT']._serialized_end=666
+  _globals['_VERIFIED']._serialized_start=668
+  _globals['_VERIFIED']._serialized_end=746
+  _globals['_STATUSREQUEST']._serialized_start=748
+  _globals['_STATUSREQUEST']._serialized_end=763
+  _globals['_NODESTATUS']._serialized_start=766
+  _globals['_NODESTATUS']._serialized_end=1017
+  _globals['_PLACE']._serialized_start=1020
+  _globals['_PLACE']._serialized_end=1294
+  _globals['_OPERATOR']._serialized_start=1297
+  _globals['_OPERATOR']._serialized_end=1725
 # @@protoc_insertion_point(module_scope)

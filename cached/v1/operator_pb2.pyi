@@ -146,6 +146,37 @@ class UnpinResponse(_message.Message):
 Global___UnpinResponse: _TypeAlias = UnpinResponse  # noqa: Y015
 
 @_typing.final
+class SwapRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUT_FIELD_NUMBER: _builtins.int
+    REF_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    out: _builtins.str
+    """The model that leaves the device."""
+    ref: _builtins.str
+    """The one that comes."""
+    device: _builtins.str
+    """"host", "cuda:<uuid>" or "cuda:<number>"."""
+    wait: _builtins.bool
+    def __init__(
+        self,
+        *,
+        out: _builtins.str = ...,
+        ref: _builtins.str = ...,
+        device: _builtins.str = ...,
+        wait: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "out", b"out", "ref", b"ref", "wait", b"wait"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SwapRequest: _TypeAlias = SwapRequest  # noqa: Y015
+
+@_typing.final
 class EvictRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -49,6 +49,11 @@ class OperatorStub(object):
                 request_serializer=cached_dot_v1_dot_operator__pb2.UnpinRequest.SerializeToString,
                 response_deserializer=cached_dot_v1_dot_operator__pb2.UnpinResponse.FromString,
                 _registered_method=True)
+        self.Swap = channel.unary_stream(
+                '/cached.v1.Operator/Swap',
+                request_serializer=cached_dot_v1_dot_operator__pb2.SwapRequest.SerializeToString,
+                response_deserializer=cached_dot_v1_dot_operator__pb2.ClaimEvent.FromString,
+                _registered_method=True)
         self.Evict = channel.unary_unary(
                 '/cached.v1.Operator/Evict',
                 request_serializer=cached_dot_v1_dot_operator__pb2.EvictRequest.SerializeToString,
@@ -85,6 +90,14 @@ class OperatorServicer(object):
 
     def Unpin(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Swap(self, request, context):
+        """Puts one model into a device's memory in the place of another: pins the one and unpins the other there, as
+        one plan.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -126,6 +139,11 @@ def add_OperatorServicer_to_server(servicer, server):
                     servicer.Unpin,
                     request_deserializer=cached_dot_v1_dot_operator__pb2.UnpinRequest.FromString,
                     response_serializer=cached_dot_v1_dot_operator__pb2.UnpinResponse.SerializeToString,
+            ),
+            'Swap': grpc.unary_stream_rpc_method_handler(
+                    servicer.Swap,
+                    request_deserializer=cached_dot_v1_dot_operator__pb2.SwapRequest.FromString,
+                    response_serializer=cached_dot_v1_dot_operator__pb2.ClaimEvent.SerializeToString,
             ),
             'Evict': grpc.unary_unary_rpc_method_handler(
                     servicer.Evict,
@@ -224,6 +242,33 @@ class Operator(object):
             '/cached.v1.Operator/Unpin',
             cached_dot_v1_dot_operator__pb2.UnpinRequest.SerializeToString,
             cached_dot_v1_dot_operator__pb2.UnpinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Swap(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cached.v1.Operator/Swap',
+            cached_dot_v1_dot_operator__pb2.SwapRequest.SerializeToString,
+            cached_dot_v1_dot_operator__pb2.ClaimEvent.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,6 +36,10 @@ class OperatorStub:
     Pin: _grpc.UnaryStreamMultiCallable[_operator_pb2.PinRequest, _operator_pb2.ClaimEvent]
     """Keeps a model on a device until unpinned. Repeating it is harmless."""
     Unpin: _grpc.UnaryUnaryMultiCallable[_operator_pb2.UnpinRequest, _operator_pb2.UnpinResponse]
+    Swap: _grpc.UnaryStreamMultiCallable[_operator_pb2.SwapRequest, _operator_pb2.ClaimEvent]
+    """Puts one model into a device's memory in the place of another: pins the one and unpins the other there, as
+    one plan.
+    """
     Evict: _grpc.UnaryUnaryMultiCallable[_operator_pb2.EvictRequest, _operator_pb2.EvictResponse]
     """Releases idle residents and removes from disk; refuses what is claimed and names the holders."""
     Verify: _grpc.UnaryStreamMultiCallable[_operator_pb2.VerifyRequest, _operator_pb2.VerifyEvent]
@@ -50,6 +54,10 @@ class OperatorAsyncStub(OperatorStub):
     Pin: _aio.UnaryStreamMultiCallable[_operator_pb2.PinRequest, _operator_pb2.ClaimEvent]  # type: ignore[assignment]
     """Keeps a model on a device until unpinned. Repeating it is harmless."""
     Unpin: _aio.UnaryUnaryMultiCallable[_operator_pb2.UnpinRequest, _operator_pb2.UnpinResponse]  # type: ignore[assignment]
+    Swap: _aio.UnaryStreamMultiCallable[_operator_pb2.SwapRequest, _operator_pb2.ClaimEvent]  # type: ignore[assignment]
+    """Puts one model into a device's memory in the place of another: pins the one and unpins the other there, as
+    one plan.
+    """
     Evict: _aio.UnaryUnaryMultiCallable[_operator_pb2.EvictRequest, _operator_pb2.EvictResponse]  # type: ignore[assignment]
     """Releases idle residents and removes from disk; refuses what is claimed and names the holders."""
     Verify: _aio.UnaryStreamMultiCallable[_operator_pb2.VerifyRequest, _operator_pb2.VerifyEvent]  # type: ignore[assignment]
@@ -79,6 +87,16 @@ class OperatorServicer(metaclass=_abc_1.ABCMeta):
         request: _operator_pb2.UnpinRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_operator_pb2.UnpinResponse, _abc.Awaitable[_operator_pb2.UnpinResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Swap(
+        self,
+        request: _operator_pb2.SwapRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_operator_pb2.ClaimEvent], _abc.AsyncIterator[_operator_pb2.ClaimEvent]]:
+        """Puts one model into a device's memory in the place of another: pins the one and unpins the other there, as
+        one plan.
+        """
 
     @_abc_1.abstractmethod
     def Evict(
