@@ -187,9 +187,11 @@ class Standby:
             asking.add_done_callback(lambda task: self._asked((artifact, uid), task))
         # One proof serves all who ask meanwhile, and goes on when one of them gives up.
         descriptors = await asyncio.shield(asking)
-        if self._is_gpu and not self._are_good(artifact, uid):
-            raise self._gone(f"{artifact} was released meanwhile")
-        return descriptors
+        if not self._is_gpu:
+            return descriptors
+        if not self._are_good(artifact, uid):
+            raise self._gone(f"{artifact} was released, or given to another uid, meanwhile")
+        return self.kept[artifact].fds
 
     async def holds(self, artifact: ArtifactId) -> bool:
         """Whether it has a resident that an inventory lacks, which may only be older than a load."""
@@ -258,17 +260,24 @@ class Standby:
             if self._is_gpu and error.problem.kind in (ErrorKind.DATA_LOSS, ErrorKind.NOT_FOUND):
                 self.forget(artifact)  # it has given the memory up, and it is free only once we have too
             raise
+        given_to = int(header.get("uid", UNKNOWN_UID))
+        self._note_given(uid)
         kept = self.kept.get(artifact)
         if kept is not None and _same_files(kept.fds, received):
             _close_all(received)
-            self.kept[artifact] = replace(kept, uid=kept.uid if uid == NOBODY else uid)
+            self.kept[artifact] = replace(kept, uid=given_to)
             return kept.fds
-        given_to = int(header.get("uid", UNKNOWN_UID)) if uid == NOBODY else uid
         resident = self._residents.get(artifact, Resident(artifact, 0, False))
         self.forget(artifact)
         self._residents[artifact] = resident
         self.kept[artifact] = Duplicates(resident, given_to, received)
         return received
+
+    def _note_given(self, uid: int) -> None:
+        """What others were given may share blocks with what this uid now has: only the standby can tell."""
+        for artifact, kept in self.kept.items() if uid != NOBODY else ():
+            if kept.uid not in (NOBODY, uid):
+                self.kept[artifact] = replace(kept, uid=UNKNOWN_UID)
 
     def _asked(self, key: tuple[ArtifactId, int], task: asyncio.Task[tuple[int, ...]]) -> None:
         self._asking.pop(key, None)

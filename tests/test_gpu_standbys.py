@@ -44,6 +44,7 @@ class Keeper(pb_grpc.StandbyServicer):
     free_bytes: int = 70 * 2**30
     unfit: str = ""
     outside: int = 0
+    given: int = -1
     hidden: ArtifactId | None = None
     asked: list[dict[str, Any]] = field(default_factory=list)
     open_at_release: list[int] = field(default_factory=list)
@@ -115,7 +116,8 @@ class Keeper(pb_grpc.StandbyServicer):
                     self.held[ArtifactId(request["adopt"])] = tuple(received)
                     fds.send(connection, {"adopted": True})
                 elif request["id"] in self.held:
-                    fds.send(connection, {"id": request["id"]}, self.held[request["id"]])
+                    self.given = self.given if request["uid"] == -1 else request["uid"]
+                    fds.send(connection, {"id": request["id"], "uid": self.given}, self.held[request["id"]])
                 else:
                     words = {"reason": "NOT_RESIDENT", "message": "it is not resident", "hint": ""}
                     fds.send(connection, {"error": words | {"kind": "not_found", "retry_after_s": None}})

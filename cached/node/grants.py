@@ -177,12 +177,18 @@ class Grants:
     def _share(self, claim: Claim, artifact: ArtifactId, uid: int) -> None:
         """Whoever holds a GPU's memory could write to it: only one uid at a time does.
 
-        Raises CachedError (HELD_BY_OTHER_UID) while a lease of another's lives.
+        Raises CachedError (HELD_BY_OTHER_UID) while a lease of another's lives on any of its contents.
         """
-        for other in self._core.state.claims_on(claim.device, artifact):
-            seen = other.holder.uid if other.holder is not None else None
-            if other.kind is ClaimKind.LEASE and other.id != claim.id and seen not in (None, uid):
-                raise _held_by(claim, other, uid)
+        state = self._core.state
+        wanted = set(state.artifacts[artifact].artifact.images)
+        for (device, near), claims in state.on.items():
+            known = state.artifacts.get(near)
+            if device != claim.device or known is None or wanted.isdisjoint(known.artifact.images):
+                continue
+            for other in map(state.claims.__getitem__, claims):
+                seen = other.holder.uid if other.holder is not None else None
+                if other.kind is ClaimKind.LEASE and other.id != claim.id and seen not in (None, uid):
+                    raise _held_by(claim, other, uid)
         # Known at once, so that nobody else is given it while the standby is asked.
         assert claim.holder is not None
         self._core.post(t.Held(claim.id, claim.holder))

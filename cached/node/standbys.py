@@ -142,7 +142,12 @@ class Standbys:
             self._told[device] = gpu
             self._core.post(t.GpuTold(device, gpu))
         held = {resident.artifact for resident in inventory.residents}
-        lost = {artifact for artifact in self._standing(device) - held if not await standby.holds(artifact)}
+        lost = set()
+        for artifact in self._standing(device) - held:
+            # An unfit one holds nothing any more, and does not answer for what it held.
+            if gpu.unfit_reason or not await standby.holds(artifact):
+                standby.forget(artifact)
+                lost.add(artifact)
         if lost:
             log.warning("residents were given up", device=device, residents=len(lost), why=gpu.unfit_reason)
             self._withdraw(inventory, lost)
