@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.text import Text
 
-from cached.cli import claims, disk, models, paths, tables
+from cached.cli import claims, disk, models, paths, running, tables
 from cached.client.errors import CachedError
 
 FAILED = 1
@@ -25,14 +25,16 @@ _GROUPS: Mapping[str, Mapping[str, Callable[..., None]]] = {
         "prefetch": claims.prefetch,
         "pin": claims.pin,
         "unpin": claims.unpin,
+        "swap": claims.swap,
         "path": paths.path,
+        "run": running.run,
     },
     "Look": {"ls": models.ls, "show": models.show, "status": models.status},
     "Check and remove": {"verify": disk.verify, "evict": disk.evict},
 }
 _EXIT_CODES = (
     "Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 verification failed, 5 does not fit, "
-    "6 no daemon, 7 denied, 8 out of time, 130 interrupted."
+    "6 no daemon, 7 denied, 8 out of time, 130 interrupted; of `run`, the command's own."
 )
 
 

@@ -1,4 +1,4 @@
-"""`prefetch`, `pin` and `unpin`: what an operator wants to be here, and where.
+"""`prefetch`, `pin`, `unpin` and `swap`: what an operator wants to be here, and where.
 
 Owns these commands' words. What they mean is the daemon's.
 """
@@ -16,7 +16,29 @@ if TYPE_CHECKING:
     from cached.v1 import model_cache_pb2 as pb
 
 On = Annotated[
-    str, typer.Option("--on", metavar="DEVICE", help="Where to keep it: disk, host or cuda:UUID (memory).")
+    str,
+    typer.Option(
+        "--on",
+        metavar="DEVICE",
+        help="Where to keep it: disk, host (memory), cuda:N, cuda:UUID, cuda:any or cuda:all.",
+    ),
+]
+InPlace = Annotated[
+    str, typer.Option("--on", metavar="DEVICE", help="In which memory: host, cuda:N or cuda:UUID.")
+]
+Out = Annotated[str, typer.Argument(metavar="OUT", help="The model that leaves the device.")]
+Copies = Annotated[
+    int, typer.Option("--copies", metavar="N", min=1, max=64, help="With cuda:any: on how many GPUs.")
+]
+Priority = Annotated[
+    int,
+    typer.Option("--priority", metavar="N", min=-1000, max=1000, help="Pins of a higher one are met first."),
+]
+Unclaimed = Annotated[
+    bool,
+    typer.Option(
+        "--unclaimed", metavar="", help="On a GPU: also while the orchestrator has given it to nobody."
+    ),
 ]
 
 
@@ -44,6 +66,9 @@ def prefetch(
 def pin(
     ref: options.RefArgument,
     on: On = "disk",
+    copies: Copies = 1,
+    priority: Priority = 0,
+    unclaimed: Unclaimed = False,
     wait: options.Wait = False,
     run_dir: options.RunDir = None,
     address: options.Address = None,
@@ -56,13 +81,33 @@ def pin(
     Pins survive restarts. Repeating one is harmless, and waits for what is missing.
     """
     with options.connect(run_dir, address, timeout) as node, progress.shown() as shown:
-        model = node.pin(ref, on, wait, shown.show)
-    if on in model.devices:
-        _say(
-            f"{model.ref or ref} is pinned and stands on {on}: {words.size(model.bytes)}{_unattested(model)}"
-        )
+        model = node.pin(ref, on, wait, shown.show, copies, priority, unclaimed)
+    standing = on if on in model.devices else ", ".join(_gpus(model)) if on.startswith("cuda:") else ""
+    if standing:
+        size = words.size(model.bytes)
+        _say(f"{model.ref or ref} is pinned and stands on {standing}: {size}{_unattested(model)}")
     else:
         _say(f"{model.ref or ref} is pinned on {on}; it is {words.state(model) or 'not here yet'}")
+
+
+def swap(
+    out: Out,
+    ref: options.RefArgument,
+    on: InPlace,
+    wait: options.Wait = False,
+    run_dir: options.RunDir = None,
+    address: options.Address = None,
+    timeout: options.Timeout = None,
+) -> None:
+    """Pin one model in a device's memory in the place of another, as one plan.
+
+    Example: cachectl swap hf://org/old hf://org/new --on cuda:0 --wait
+
+    The one that leaves stays on disk, and in host memory where it stands there: the way back is as short.
+    """
+    with options.connect(run_dir, address, timeout) as node, progress.shown() as shown:
+        model = node.swap(out, ref, on, wait, shown.show)
+    _say(f"{model.ref or ref} is pinned on {on} in the place of {out}; it is on {words.places(model)}")
 
 
 def unpin(
@@ -88,6 +133,10 @@ def unpin(
 
 def _say(line: str) -> None:
     tables.say(tables.console(), line)
+
+
+def _gpus(model: pb.Model) -> list[str]:
+    return [device for device in model.devices if device.startswith("cuda:")]
 
 
 def _unattested(model: pb.Model) -> str:

@@ -78,6 +78,13 @@ def status(
     tables.sheet(console, tables.node_facts(known))
     console.print()
     console.print(tables.places(known.places))
+    gpus = [place for place in known.places if place.name]
+    if gpus:
+        folded = tables.on_terminal(console)
+        console.print()
+        console.print(tables.gpus(gpus, folded))
+        for line in tables.uuids(gpus) if folded else ():
+            tables.say(console, line)
     for remark in tables.remarks(known.places):
         tables.say(console, remark)
 

@@ -62,9 +62,17 @@ class Node:
         request = op.PrefetchRequest(ref=ref, wait=wait)
         return self._outcome(self._operator.Prefetch(request, timeout=self._limit_s(wait)), report)
 
-    def pin(self, ref: str, device: str, wait: bool, report: Report) -> pb.Model:
-        request = op.PinRequest(ref=ref, device=device, wait=wait)
+    def pin(
+        self, ref: str, device: str, wait: bool, report: Report, copies: int, priority: int, unclaimed: bool
+    ) -> pb.Model:
+        request = op.PinRequest(
+            ref=ref, device=device, wait=wait, copies=copies, priority=priority, unclaimed=unclaimed
+        )
         return self._outcome(self._operator.Pin(request, timeout=self._limit_s(wait)), report)
+
+    def swap(self, out: str, ref: str, device: str, wait: bool, report: Report) -> pb.Model:
+        request = op.SwapRequest(out=out, ref=ref, device=device, wait=wait)
+        return self._outcome(self._operator.Swap(request, timeout=self._limit_s(wait)), report)
 
     def verify(self, ref: str, report: Report) -> Iterator[op.Verified]:
         """One outcome after the other; of every artifact where ``ref`` is empty."""

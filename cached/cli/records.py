@@ -40,7 +40,14 @@ def shown(model: pb.Model) -> Record:
         "last_used_at": model.last_used_at or None,
         "progress": _progress(model.progress) if model.HasField("progress") else None,
         "residencies": [
-            {"device": r.device, "state": r.state, "bytes": r.bytes, "locked": r.locked}
+            {
+                "device": r.device,
+                "state": r.state,
+                "bytes": r.bytes,
+                "locked": r.locked,
+                "hits": r.hits,
+                "last_used_at": r.last_used_at or None,
+            }
             for r in model.residencies
         ],
         "files": [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in model.files],
@@ -86,6 +93,19 @@ def _place(place: op.Place) -> Record:
         "claimed_bytes": place.claimed_bytes,
         "remarks": list(place.remarks),
         "pid": place.pid or None,
+        "gpu": _gpu(place) if place.name else None,
+    }
+
+
+def _gpu(place: op.Place) -> Record:
+    return {
+        "index": place.index,
+        "name": place.name,
+        "total_bytes": place.total_bytes,
+        "free_bytes": place.free_bytes,
+        "outside_bytes": place.outside_bytes,
+        "unfit_reason": place.unfit_reason,
+        "claimed_by": place.claimed_by,
     }
 
 

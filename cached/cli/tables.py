@@ -59,14 +59,16 @@ def models(listed: Iterable[pb.Model], folded: bool) -> Table:
     ``folded`` is for a terminal: the facts are kept narrow, so that the ref has room.
     """
     table = _grid("REF", "STATE", ">SIZE", "ON", "CLAIMS")
-    for column, width in ((1, 13), (3, 10), (4, 10)):
+    listed = list(listed)
+    on_gpu = any(r.device.startswith("cuda:") for model in listed for r in model.residencies)
+    for column, width in ((1, 13), (3, words.SHORT_DEVICE + 1 if on_gpu else 10), (4, 10)):
         table.columns[column].max_width = width if folded else None
     for model in listed:
         table.add_row(
             Slashed(model.ref or model.id),
             _state(model),
             words.size(model.bytes) if model.bytes else "-",
-            words.places(model) or "-",
+            words.places(model, short=folded) or "-",
             words.counted([c.kind for c in model.claims]) or "-",
         )
     return table
@@ -87,7 +89,7 @@ def places(listed: Iterable[op.Place]) -> Table:
         known = place.capacity_bytes > 0
         free_bytes = max(0, place.capacity_bytes - place.used_bytes)
         table.add_row(
-            place.device,
+            _number(place),
             words.size(place.used_bytes),
             words.size(place.claimed_bytes),
             words.size(place.capacity_bytes) if known else "-",
@@ -96,12 +98,32 @@ def places(listed: Iterable[op.Place]) -> Table:
     return table
 
 
+def gpus(listed: Iterable[op.Place], folded: bool) -> Table:
+    """One line for each GPU: what it is, what it reports free, and whose it is."""
+    table = _grid("GPU", "NAME", ">FREE", ">TOTAL", ">OUTSIDE", "CLAIMED BY", *([] if folded else ["UUID"]))
+    for place in listed:
+        figures = (place.free_bytes, place.total_bytes, place.outside_bytes)
+        free, total, outside = (words.size(size_bytes) for size_bytes in figures)
+        row = [_number(place), place.name, free, total, outside if place.outside_bytes else "-"]
+        table.add_row(*row, place.claimed_by or "-", *([] if folded else [place.device]))
+    return table
+
+
+def uuids(listed: Iterable[op.Place]) -> list[str]:
+    """Which GPU has which number; beside a table that has no room for it."""
+    return [f"{_number(place)} is {place.device}" for place in listed]
+
+
+def _number(place: op.Place) -> str:
+    return f"cuda:{place.index}" if place.name else place.device
+
+
 def remarks(listed: Iterable[op.Place]) -> list[Text]:
     """What is wrong with the devices, in words; nothing where all is well."""
     found = []
     for place in listed:
         away = [] if place.connected else ["its standby is not connected; is `preloader serve` running?"]
-        found += [Text(f"{place.device}: {remark}", style="yellow") for remark in (*away, *place.remarks)]
+        found += [Text(f"{_number(place)}: {remark}", style="yellow") for remark in (*away, *place.remarks)]
     return found
 
 
@@ -147,6 +169,7 @@ def model_facts(model: pb.Model, now_s: float) -> list[tuple[str, str | Text]]:
         ("on", "\n".join(_standing(model))),
         ("moving", words.progress_line(model.progress) if model.HasField("progress") else ""),
         ("used", words.ago(model.last_used_at, now_s)),
+        ("hits", "\n".join(_hits(model, now_s))),
         ("claims", "\n".join(words.claim(c, now_s) for c in model.claims) or "none"),
     ]
 
@@ -206,6 +229,14 @@ def _standing(model: pb.Model) -> list[str]:
         )
         lines.append(f"{residency.device}: {residency.state}{locked}, {words.size(residency.bytes)}")
     return lines
+
+
+def _hits(model: pb.Model, now_s: float) -> list[str]:
+    used = [r for r in model.residencies if r.hits]
+    return [
+        f"{words.count(r.hits, 'grant')} from {r.device}, last {words.ago(r.last_used_at, now_s)}"
+        for r in used
+    ]
 
 
 def _state(model: pb.Model) -> Text:

@@ -5,6 +5,7 @@ Pure: owns wording only, prints nothing, asks nobody. Time arrives as an argumen
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from cached.v1 import model_cache_pb2 as pb
 
 _UNITS = ("kB", "MB", "GB", "TB", "PB", "EB")
+SHORT_DEVICE = len("cuda:GPU-") + 8
 PHASES = ("starting", "resolving", "queued", "fetching", "loading", "waiting")
 """One word for each number of the wire's ``Phase``."""
 
@@ -26,6 +28,15 @@ def size(size_bytes: float) -> str:
         if size_bytes < 999.95:
             return f"{size_bytes:.1f} {unit}"
     return f"{size_bytes:.1f} {_UNITS[-1]}"
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of ``40GB`` (powers of 1000), ``40GiB`` (of 1024) or a plain number; None where it is no size."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([kKMGTP]?)(i?)B?", text.strip(), re.ASCII)
+    if match is None or (match[3] and not match[2]):
+        return None
+    power = " KMGTP".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def span(seconds: float) -> str:
@@ -103,14 +114,18 @@ def state(model: pb.Model) -> str:
     return model.state
 
 
-def places(model: pb.Model) -> str:
-    """Where it stands, and what is under way there: ``disk, host (unlocked)``, ``disk, host (loading)``."""
+def places(model: pb.Model, short: bool = False) -> str:
+    """Where it stands, and what is under way there: ``disk, host (unlocked)``, ``disk, host (loading)``.
+
+    ``short`` cuts GPUs' names to what tells them apart.
+    """
     by_device = {r.device: r for r in model.residencies}
     devices = [*model.devices, *(d for d in by_device if d not in model.devices)]
     words = []
     for device in devices:
         remark = _residency_remark(by_device[device]) if device in by_device else ""
-        words.append(f"{device} ({remark})" if remark else device)
+        name = device[:SHORT_DEVICE] if short else device
+        words.append(f"{name} ({remark})" if remark else name)
     return ", ".join(words)
 
 
