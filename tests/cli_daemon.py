@@ -134,7 +134,7 @@ def _add_models(server: grpc.Server, daemon: Daemon) -> None:
 def _add_operator(server: grpc.Server, daemon: Daemon) -> None:
     answers = _Servicer(daemon)
     servicer = op_grpc.OperatorServicer()
-    for name in ("Prefetch", "Pin", "Verify"):
+    for name in ("Prefetch", "Pin", "Swap", "Verify"):
         setattr(servicer, name, answers.many(name))
     for name in ("Unpin", "Evict", "Status"):
         setattr(servicer, name, answers.one(name))

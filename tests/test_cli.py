@@ -200,6 +200,35 @@ def test_status_shows_each_device_and_what_is_wrong_with_it(daemon: Daemon, cach
     assert [p["connected"] for p in known["places"]] == [True, False]
 
 
+GPU = "cuda:GPU-5a6b7c8d-1234-5678-9abc-def012345678"
+
+
+def test_gpus_are_shown_by_number_with_whose_they_are(daemon: Daemon, cachectl: Any) -> None:
+    gpu = op.Place(
+        device=GPU,
+        index=3,
+        name="NVIDIA H200",
+        capacity_bytes=149_000_000_000,
+        used_bytes=16_000_000_000,
+        total_bytes=150_000_000_000,
+        free_bytes=133_000_000_000,
+        outside_bytes=500_000_000,
+        claimed_by="pod web/vllm-0",
+        connected=True,
+        remarks=["unfit, nothing may stand there: XID 79"],
+    )
+    daemon.answers["Status"] = op.NodeStatus(places=[gpu])
+    lines = [" ".join(line.split()) for line in cachectl("status").out.splitlines()]
+    assert "cuda:3 16.0 GB 0 B 149.0 GB 133.0 GB" in lines
+    assert f"cuda:3 NVIDIA H200 133.0 GB 150.0 GB 500.0 MB pod web/vllm-0 {GPU}" in lines
+    assert "cuda:3: unfit, nothing may stand there: XID 79" in lines
+    (known,) = json.loads(cachectl("status", "-o", "json").out)["places"]
+    assert (known["gpu"]["index"], known["gpu"]["claimed_by"]) == (3, "pod web/vllm-0")
+    there = pb.Residency(device=GPU, state="resident", bytes=5, locked=True, hits=2, last_used_at=time.time())
+    daemon.answers["Get"] = a_model(devices=["disk", GPU], residencies=[there])
+    assert f"hits    2 grants from {GPU}, last 0s ago" in cachectl("show", REF).out
+
+
 # --- prefetch, pin, unpin -------------------------------------------------------------------
 
 
@@ -234,6 +263,19 @@ def test_pin_that_is_not_waited_for_does_not_claim_to_be_there(daemon: Daemon, c
     daemon.answers["Pin"] = op.ClaimEvent(done=a_model(devices=["disk"]))
     ran = cachectl("pin", REF, "--on", "host")
     assert ran.out == f"{REF} is pinned on host; it is verified\n"
+
+
+def test_pins_of_pools_and_swaps_say_where_it_stands_now(daemon: Daemon, cachectl: Any) -> None:
+    daemon.answers["Pin"] = daemon.answers["Swap"] = op.ClaimEvent(done=a_model(devices=["disk", GPU]))
+    ran = cachectl("pin", REF, "--on", "cuda:any", "--copies", "2", "--priority", "5", "--unclaimed")
+    asked = daemon.last("Pin")
+    assert (asked.device, asked.copies, asked.priority, asked.unclaimed) == ("cuda:any", 2, 5, True)
+    assert ran.out == f"{REF} is pinned and stands on {GPU}: 90.9 MB\n"
+    ran = cachectl("swap", "file:///old/", REF, "--on", "cuda:0", "--wait")
+    asked = daemon.last("Swap")
+    assert (asked.out, asked.ref, asked.device, asked.wait) == ("file:///old/", REF, "cuda:0", True)
+    assert ran.out == f"{REF} is pinned on cuda:0 in the place of file:///old/; it is on disk, {GPU}\n"
+    assert cachectl("swap", "file:///old/", REF).code == 2  # a swap is somewhere
 
 
 def test_unpin_where_there_is_no_pin_exits_3(daemon: Daemon, cachectl: Any) -> None:

@@ -210,22 +210,25 @@ async def test_what_a_standby_gives_up_by_itself_is_told_apart_from_old_news(
         keeper.fill(X)
         keeper.fill(Y)
         await eventually(lambda: bool(shell.kept(X) and shell.kept(Y)))
-        keeper.free_bytes = 5
+        keeper.free_bytes = 60 * 2**30
         await keeper.tell()
-        await eventually(lambda: shell.core.state.places[GPU].inventory.gpu.free_bytes == 5)
+        await eventually(lambda: shell.core.state.places[GPU].inventory.gpu.free_bytes == 60 * 2**30)
         # An inventory from before a load is no news: the standby has it when it is asked.
-        keeper.hidden, keeper.free_bytes, asked = Y, 6, len(keeper.asked)
+        keeper.hidden, keeper.free_bytes, asked = Y, 61 * 2**30, len(keeper.asked)
         await keeper.tell()
         await eventually(lambda: len(keeper.asked) > asked)
         keeper.hidden = None
         await asyncio.sleep(0.1)
         assert shell.resident(Y) and shell.kept(Y)
         lost = keeper.held.pop(Y)
-        keeper.unfit = "XID 79"
         await keeper.tell()
         await eventually(lambda: not shell.resident(Y))
         assert shell.resident(X) and shell.kept(X) and not shell.kept(Y)
-        assert shell.core.state.places[GPU].unfit_reason == "XID 79"
+        lost += keeper.held.pop(X)
+        keeper.unfit = "XID 79"
+        await keeper.tell()
+        await eventually(lambda: not shell.kept(X))
+        assert not shell.resident(X) and shell.core.state.places[GPU].unfit_reason == "XID 79"
         for fd in lost:
             os.close(fd)
 

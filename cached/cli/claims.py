@@ -87,7 +87,8 @@ def pin(
         size = words.size(model.bytes)
         _say(f"{model.ref or ref} is pinned and stands on {standing}: {size}{_unattested(model)}")
     else:
-        _say(f"{model.ref or ref} is pinned on {on}; it is {words.state(model) or 'not here yet'}")
+        why = f": {model.reason}" if model.reason else ""
+        _say(f"{model.ref or ref} is pinned on {on}; it is {words.state(model) or 'not here yet'}{why}")
 
 
 def swap(

@@ -28,6 +28,7 @@ from cached.model import (
 )
 from cached.node.core import Core
 from cached.node.effects import Effects
+from cached.plan import is_gpu, swap_problem
 from cached.plan import types as t
 
 MAX_COPIES = 64
@@ -87,16 +88,30 @@ class Pins:
         there = [old for old in self._pins(out) if old.device == pin.device]
         if any(map(is_of_file, there)):
             raise self._of_file(out)
+        if pin.device == DISK or out == pin.ref:
+            raise _no_swap(out, pin)
         pin = replace(
             pin,
             priority=max((old.priority for old in there), default=0),
             unclaimed=any(old.unclaimed for old in there),
         )
+        self._check_swap(out, pin)
         # The new promise first: a death in between leaves both pins, and the command to be repeated.
         await self._effects.promise(pin)
         for old in there:
             await self._effects.forget_claim(old.id)
         self._replace(pin, pin.id, *(old.id for old in there))
+
+    def _check_swap(self, out: Ref, pin: Claim) -> None:
+        """Refuse what could not stand there in its place, before anything is changed. Raises CachedError."""
+        state = self._core.state
+        gone, come = state.notes.get(out), state.notes.get(pin.ref)
+        if come is None or not is_gpu(pin.device):
+            return
+        leaves = gone.artifact if gone is not None else None
+        problem = swap_problem(state, pin.device, leaves, come.artifact, pin.priority)
+        if problem is not None:
+            raise CachedError(problem)
 
     def _pins(self, ref: Ref) -> list[Claim]:
         """The ref's pins, as they were made: a pool's copies are the planner's own."""
@@ -111,6 +126,15 @@ class Pins:
             f"{ref} is pinned by a [[pin]] table of {self._config_file}",
             "take it out of that file and restart the daemon",
         )
+
+
+def _no_swap(out: Ref, pin: Claim) -> CachedError:
+    return permanent(
+        ErrorKind.INVALID,
+        "BAD_SWAP",
+        f"{pin.ref} in the place of {out} on {pin.device} is no swap",
+        "name two models, and host or a GPU; on disk both can be",
+    )
 
 
 def pin_of(
