@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -20,13 +21,33 @@ import pytest
 
 from cached import fds
 from cached.config import StandbySettings
+from cached.durable import RealFs
+from cached.handoff import Package
+from cached.leases import Leases
 from cached.metrics import Metrics
-from cached.model import Artifact, ArtifactId, CachedError, Device, Digest, Note, Ref, RevisionKey
+from cached.model import (
+    DISK,
+    Artifact,
+    ArtifactId,
+    CachedError,
+    Claim,
+    ClaimId,
+    ClaimKind,
+    Device,
+    Digest,
+    Note,
+    Ref,
+    RevisionKey,
+)
 from cached.node.core import Core
+from cached.node.disk import Disk
 from cached.node.effects import Effects
+from cached.node.grants import Grants
 from cached.node.standbys import Standbys
+from cached.node.views import ModelView
 from cached.plan import State
 from cached.plan import types as t
+from cached.standby import UNKNOWN_UID
 from preloader.v1 import standby_pb2 as pb
 from preloader.v1 import standby_pb2_grpc as pb_grpc
 
@@ -162,7 +183,8 @@ async def shell(tmp_path: Path) -> AsyncIterator[Shell]:
     core, metrics = Core(State(1), planned.append), Metrics("0")
     effects = Effects(None, None, None, metrics)  # type: ignore[arg-type]
     effects.core = core
-    artifacts = tuple(Artifact(a, ((Digest(a[-64:]), 1),), 0.0, ((Digest(a[-64:]), MIB),)) for a in (X, Y))
+    common = (Digest("c" * 64), MIB)
+    artifacts = tuple(Artifact(a, (common, (Digest(a[-64:]), 1)), 0.0, (common,)) for a in (X, Y))
     notes = tuple(Note(Ref(f"file:///{a}/"), RevisionKey(a[-64:]), a, True, 0.0) for a in (X, Y))
     core.post(t.Recovered(artifacts, notes, (), ()), t.CapacitySet(Device("disk"), 2**30))
     standbys = Standbys(tmp_path, core, effects, metrics, StandbySettings(gpu_capacity_bytes=79 * 2**30))
@@ -171,6 +193,56 @@ async def shell(tmp_path: Path) -> AsyncIterator[Shell]:
     yield Shell(core, effects, standbys, planned)
     await core.stop()
     assert not core.failed.done()
+
+
+class Shelf:
+    """As much of a store as a handoff reads."""
+
+    def manifest_bytes(self, artifact: ArtifactId) -> bytes:
+        return b"{}"
+
+    def tree_path(self, artifact: ArtifactId) -> Path:
+        return Path("/data/trees") / artifact
+
+
+async def test_a_copy_is_shared_within_one_uid_and_proven_for_the_next(tmp_path: Path, shell: Shell) -> None:
+    (tmp_path / "leases").mkdir()
+    leases, disk = Leases(tmp_path / "leases", RealFs()), Disk(lambda error: None)
+    grants = Grants(shell.core, shell.effects, Shelf(), disk, leases)  # type: ignore[arg-type]
+
+    async def handed(artifact: ArtifactId, uid: int) -> Package:
+        """A replica of this uid acquires it from the disk, and prefers the GPU."""
+        ref = Ref(f"file:///{artifact}/")
+        claim = Claim(ClaimId(secrets.token_hex(4)), ClaimKind.LEASE, ref, DISK, 0.0, prefers=(GPU,))
+        shell.core.post(t.ClaimMade(claim))
+        await eventually(lambda: t.Grant(claim.id, GPU) in shell.planned)
+        granted = await grants.grant(claim.id, ModelView(ref, "verified"), None, True)
+        assert (granted.device, granted.blobs) == (GPU, 2)
+        return await grants.redeem(granted.token, uid)
+
+    async with Keeper(tmp_path) as keeper:
+        keeper.fill(X)
+        keeper.fill(Y)
+        await eventually(lambda: bool(shell.kept(X) and shell.kept(Y)))
+        first = await handed(X, 1000)
+        assert first.header["device"] == GPU and first.blob_fds == shell.kept(X)
+        second = await handed(Y, 1000)
+        asked = len(keeper.asked)
+        # Y has a content of X's, which uid 1000 could write to.
+        for artifact in (X, Y):
+            with pytest.raises(CachedError) as caught:
+                await handed(artifact, 2000)
+            problem = caught.value.problem
+            assert (problem.reason, problem.temporary) == ("HELD_BY_OTHER_UID", True)
+        assert len(keeper.asked) == asked
+        for package in (first, second):
+            shell.core.end(ClaimId(str(package.header["lease_id"])))
+        await handed(X, 2000)
+        assert keeper.asked[-1] == {"id": X, "uid": 2000, "fds": 0}
+        # What it was given may have been written to: nothing that was kept for uid 1000 is good any more.
+        with pytest.raises(CachedError, match="holds it"):
+            await handed(Y, 1000)
+        assert shell.standbys._kept[GPU][Y].uid == UNKNOWN_UID
 
 
 async def test_memory_outlives_its_standby_and_is_given_back_to_the_next(
