@@ -218,6 +218,20 @@ class Standby:
         self._residents[artifact] = duplicates.resident
         return duplicates.resident
 
+    async def node(self) -> int | None:
+        """A descriptor of the GPU's node in /dev, which the caller closes; None where it has none to give.
+
+        The driver frees memory whose device no process has open, though descriptors of it still look valid.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            _, received = await loop.run_in_executor(self._threads, self._ask, {"node": True})
+        except CachedError as error:
+            if error.problem.reason == "STANDBY_GONE":
+                raise
+            return None
+        return received[0] if received else None
+
     def forget(self, artifact: ArtifactId) -> None:
         """Close the kept descriptors; the host's once nobody can be sending them any more."""
         self._residents.pop(artifact, None)

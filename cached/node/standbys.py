@@ -7,6 +7,7 @@ no process: a standby is another container's.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,7 @@ class Standbys:
         self._settings = settings
         self._followed: set[Device] = set()
         self._kept: dict[Device, Kept] = {}
+        self._nodes: dict[Device, int] = {}
         self._gone_at: dict[Device, float] = {}
         self._told: dict[Device, Gpu] = {}
 
@@ -66,6 +68,13 @@ class Standbys:
                 drop(kept, artifact)
                 why = f"gone for {KEEP_GONE_S:.0f} s" if too_long else "not proven on disk any more"
                 log.warning("memory is kept no longer", device=device, artifact=artifact, why=why)
+        if not kept:
+            self._close_node(device)
+
+    def _close_node(self, device: Device) -> None:
+        node = self._nodes.pop(device, None)
+        if node is not None:
+            os.close(node)
 
     async def _follow(self, device: Device, path: Path) -> None:
         while True:
@@ -126,7 +135,14 @@ class Standbys:
             self._core.spawn(self._keep(standby, inventory), f"keep {device}")
 
     async def _keep(self, standby: Standby, inventory: Inventory) -> None:
-        """Have duplicates of all that stands on a GPU, so that its memory outlives the standby."""
+        """Have duplicates of all that stands on a GPU, and its node open: then it outlives the standby."""
+        try:
+            node = await standby.node()
+        except CachedError:  # it is gone
+            return
+        self._close_node(standby.device)
+        if node is not None:
+            self._nodes[standby.device] = node
         for resident in inventory.residents:
             try:
                 await standby.descriptors(resident.artifact)
