@@ -240,6 +240,9 @@ def _load_file(path: Path) -> Settings:
         if not directory.startswith("/"):
             raise _bad(path, f"{key}: {directory!r} is not absolute", "write the whole path, from /")
     _check_store(path, settings.store)
+    if settings.standby.pod_resources and not settings.standby.pod_resources.startswith("/"):
+        what = f"standby.pod_resources: {settings.standby.pod_resources!r} is not absolute"
+        raise _bad(path, what, "write the whole path of kubelet's socket, from /")
     _check_sources(path, settings.source)
     _check_pins(path, settings.pin)
     return settings

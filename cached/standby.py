@@ -208,10 +208,8 @@ class Standby:
         duplicates = self.kept[artifact]
         # Its own copies: ours may be closed, and their numbers reused, while a thread sends.
         sent = tuple(map(os.dup, duplicates.fds))
-        loop = asyncio.get_running_loop()
-        header = {"adopt": artifact, "uid": duplicates.uid}
         try:
-            _, received = await loop.run_in_executor(self._threads, self._ask, header, sent)
+            _, received = await self._exchange({"adopt": artifact, "uid": duplicates.uid}, sent)
         finally:
             _close_all(sent)
         _close_all(received)
@@ -223,9 +221,8 @@ class Standby:
 
         The driver frees memory whose device no process has open, though descriptors of it still look valid.
         """
-        loop = asyncio.get_running_loop()
         try:
-            _, received = await loop.run_in_executor(self._threads, self._ask, {"node": True})
+            _, received = await self._exchange({"node": True})
         except CachedError as error:
             if error.problem.reason == "STANDBY_GONE":
                 raise
@@ -264,12 +261,9 @@ class Standby:
         return resident is not None and resident.locked
 
     async def _ask_and_keep(self, artifact: ArtifactId, uid: int) -> tuple[int, ...]:
-        if self._closed:
-            raise self._gone("the connection is closed")
-        loop = asyncio.get_running_loop()
         request: dict[str, Any] = {"id": artifact, "uid": uid} if self._is_gpu else {"id": artifact}
         try:
-            header, received = await loop.run_in_executor(self._threads, self._ask, request)
+            header, received = await self._exchange(request)
         except CachedError as error:
             if self._is_gpu and error.problem.kind in (ErrorKind.DATA_LOSS, ErrorKind.NOT_FOUND):
                 self.forget(artifact)  # it has given the memory up, and it is free only once we have too
@@ -297,6 +291,14 @@ class Standby:
         self._asking.pop(key, None)
         if not task.cancelled():
             task.exception()  # seen, also where everyone who waited has given up
+
+    async def _exchange(
+        self, request: dict[str, Any], sent: tuple[int, ...] = ()
+    ) -> tuple[dict[str, Any], tuple[int, ...]]:
+        if self._closed:
+            raise self._gone("the connection is closed")
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._ask, request, sent)
 
     def _ask(
         self, request: dict[str, Any], sent: tuple[int, ...] = ()

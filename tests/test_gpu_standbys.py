@@ -137,7 +137,10 @@ class Keeper(pb_grpc.StandbyServicer):
                         fds.send(connection, {"node": True}, (node.fileno(),))
                     continue
                 self.asked.append(request)
-                if "adopt" in request:
+                if "adopt" in request and self.unfit:
+                    words = {"reason": "GPU_UNFIT", "message": self.unfit, "hint": ""}
+                    fds.send(connection, {"error": words | {"kind": "unavailable", "retry_after_s": 1}})
+                elif "adopt" in request:
                     self.held[ArtifactId(request["adopt"])] = tuple(received)
                     fds.send(connection, {"adopted": True})
                 elif request["id"] in self.held:
@@ -272,11 +275,22 @@ async def test_memory_outlives_its_standby_and_is_given_back_to_the_next(
         await eventually(shell.resident)
         assert keeper.asked[0] == {"adopt": X, "uid": 2000, "fds": 2}
         assert [os.fstat(fd).st_ino for fd in keeper.held[X]] == memory
-        # What is not proven any more, or has waited for long enough, is not kept.
     await eventually(lambda: not shell.resident())
     assert shell.kept() and os.fstat(shell.standbys._nodes[GPU])
     shell.standbys._gone_at[GPU] -= 3601
     await eventually(lambda: not shell.kept() and not shell.standbys._nodes)
+
+
+async def test_what_cannot_be_given_back_is_let_go(tmp_path: Path, shell: Shell) -> None:
+    async with Keeper(tmp_path) as keeper:
+        keeper.fill(X)
+        await eventually(lambda: bool(shell.kept()))
+        TAKEN[:] = shell.kept()
+    await eventually(lambda: not shell.resident())
+    assert all(map(is_open, TAKEN))
+    async with Keeper(tmp_path, unfit="XID 79"):
+        await eventually(lambda: GPU in shell.effects.standbys)
+        assert not shell.kept() and not shell.resident()
 
 
 async def test_what_a_standby_gives_up_by_itself_is_told_apart_from_old_news(
