@@ -1,7 +1,8 @@
 """The public face of the client; filled lazily so that importing it stays light.
 
-Owns the names ``acquire``, ``Model``, ``Progress`` and ``CachedError``, which it imports once they are used.
-gRPC comes with the first acquire, torch with the first tensor.
+Owns the names ``acquire``, ``watch`` and their async twins, ``Model``, ``Change``, ``Progress`` and
+``CachedError``, which it imports once they are used. gRPC comes with the first acquire, torch with the
+first tensor.
 """
 
 from __future__ import annotations
@@ -9,11 +10,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cached.client import CachedError, Model, Progress, acquire
+    from cached.client import (
+        CachedError,
+        Change,
+        Model,
+        Progress,
+        acquire,
+        acquire_async,
+        watch,
+        watch_async,
+    )
 
     __version__: str
 
-__all__ = ["CachedError", "Model", "Progress", "__version__", "acquire"]
+__all__ = [
+    "CachedError",
+    "Change",
+    "Model",
+    "Progress",
+    "__version__",
+    "acquire",
+    "acquire_async",
+    "watch",
+    "watch_async",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -172,6 +172,18 @@ class Gpu:
         finally:
             self.driver.call("cuDevicePrimaryCtxRelease", self._device)
 
+    def hold(self) -> None:
+        """Keep the primary context, and what is made in it, until ``let_go``."""
+        self.driver.call("cuDevicePrimaryCtxRetain", self._device)
+
+    def let_go(self) -> None:
+        """The context ends with its last holder; torch is one where it has used the device."""
+        self.driver.call("cuDevicePrimaryCtxRelease", self._device)
+
+    def finish(self) -> None:
+        """Wait until all is done that this process has asked of the device."""
+        self.driver.call("cuCtxSynchronize")
+
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes, as the device reports them."""
         free, total = self.driver.call("cuMemGetInfo")

@@ -7,9 +7,11 @@ goes wrong, the test says.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import hashlib
 import os
+import queue
 import secrets
 import threading
 import time
@@ -84,6 +86,9 @@ class FakeDaemon(ModelCacheServicer):
         self.forgets_tokens = 0
         self.sends_memory = True
         self.names_id = str(self.manifest.id)
+        self.ready: list[str] = []
+        self.cancelled = threading.Event()
+        self.watched: queue.SimpleQueue[pb.Model | None] = queue.SimpleQueue()
         self._tokens: dict[str, tuple[str, str]] = {}
         self._blob_fds: list[int] = []
         self._server: grpc.Server | None = None
@@ -120,6 +125,7 @@ class FakeDaemon(ModelCacheServicer):
 
     def Acquire(self, request: pb.AcquireRequest, context: grpc.ServicerContext) -> Iterator[pb.AcquireEvent]:
         self.requests.append(request)
+        context.add_callback(lambda: None if self.read_to_the_end else self.cancelled.set())
         for progress in self.progress:
             yield pb.AcquireEvent(progress=progress)
         time.sleep(self.stall_s)
@@ -129,6 +135,21 @@ class FakeDaemon(ModelCacheServicer):
             yield pb.AcquireEvent(grant=self._grant(request))
             time.sleep(0.02)
             self.read_to_the_end.append(context.is_active())
+
+    def Ready(self, request: pb.ReadyRequest, context: grpc.ServicerContext) -> pb.ReadyResponse:
+        self.ready.append(request.lease_id)
+        return pb.ReadyResponse()
+
+    def Watch(self, request: pb.WatchRequest, context: grpc.ServicerContext) -> Iterator[pb.Model]:
+        try:
+            while context.is_active():
+                with contextlib.suppress(queue.Empty):
+                    model = self.watched.get(timeout=0.05)
+                    if model is None:
+                        context.abort(grpc.StatusCode.UNAVAILABLE, "the daemon ends")
+                    yield model
+        finally:
+            self.cancelled.set()
 
     def _grant(self, request: pb.AcquireRequest) -> pb.Grant:
         token, lease_id = secrets.token_hex(16), secrets.token_hex(8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import pickle
@@ -299,6 +300,119 @@ def test_a_forked_child_keeps_lease_and_tensors_and_can_acquire(daemon: FakeDaem
         assert daemon.holds(lease_id), "the child has it still"
         process.stdin.close()
         assert daemon.is_freed(lease_id)
+
+
+SPAWN = """
+import multiprocessing, sys, cached
+
+def child(model, pipe):
+    pipe.send((model.lease_id, model.device, list(model.tensors)))
+    pipe.recv()
+
+if __name__ == "__main__":
+    with cached.acquire(sys.argv[1], on="host", timeout_s=30) as model:
+        here, there = multiprocessing.Pipe()
+        process = multiprocessing.get_context("spawn").Process(target=child, args=(model, there))
+        process.start()
+        lease, device, names = here.recv()
+        print(lease != model.lease_id, device, names == list(model.tensors))
+        here.send(None)
+        process.join()
+"""
+
+
+def test_a_spawned_child_acquires_anew(daemon: FakeDaemon, tmp_path: Path) -> None:
+    (tmp_path / "spawn.py").write_text(SPAWN)  # a child that is spawned imports the script again
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CACHED_RUN_DIR": str(daemon.run_dir)}
+    said = subprocess.check_output(
+        [sys.executable, tmp_path / "spawn.py", REF], env=env, text=True, timeout=60
+    )
+    assert said == "True host True\n"
+    assert len(daemon.requests) == 2
+
+
+def test_a_model_that_has_moved_meanwhile_is_not_taken_for_the_pickled_one(daemon: FakeDaemon) -> None:
+    with cached.acquire(REF, run_dir=daemon.run_dir, timeout_s=30) as model:
+        again, (order, _) = model.__reduce__()
+        with pytest.raises(cached.CachedError, match="by now") as caught:
+            again(order, "sha256:" + "0" * 64)
+    assert caught.value.reason == "MODEL_MOVED"
+
+
+# --- beside the waiting one ---
+
+
+def test_the_async_twin_gives_the_same_and_lets_the_loop_run(daemon: FakeDaemon) -> None:
+    daemon.progress = [pb.Progress(phase=pb.PHASE_FETCHING, eta_s=-1)]
+    daemon.stall_s = 0.2
+    told: list[cached.Progress] = []
+    threads: set[int] = set()
+
+    def tell(progress: cached.Progress) -> None:
+        told.append(progress)
+        threads.add(threading.get_ident())
+
+    async def both() -> tuple[cached.Model, int]:
+        waiting = asyncio.create_task(
+            cached.acquire_async(REF, run_dir=daemon.run_dir, timeout_s=30, on_progress=tell)
+        )
+        turns = 0
+        while not waiting.done():
+            await asyncio.sleep(0.01)
+            turns += 1
+        return waiting.result(), turns
+
+    model, turns = asyncio.run(both())
+    with model:
+        assert model.id == daemon.manifest.id and turns > 5
+        assert told == [cached.Progress("fetching")] and threads == {threading.get_ident()}
+
+
+def test_a_cancelled_wait_ends_the_claim(daemon: FakeDaemon) -> None:
+    daemon.stall_s = 1.0
+
+    async def given_up() -> None:
+        async with asyncio.timeout(0.3):
+            await cached.acquire_async(REF, run_dir=daemon.run_dir, timeout_s=30)
+
+    begin = time.monotonic()
+    with pytest.raises(TimeoutError):
+        asyncio.run(given_up())
+    assert daemon.cancelled.wait(5) and time.monotonic() - begin < 0.9
+    assert os.listdir(daemon.leases) == []
+
+
+def test_changes_are_told_over_an_end_of_the_daemon_and_only_once(daemon: FakeDaemon) -> None:
+    states = [pb.Model(state="fetching"), pb.Model(state="verified", id="sha256:1", devices=["disk"])]
+    for model in (states[0], states[0], states[1]):
+        daemon.watched.put(model)
+    changes = cached.watch(REF, run_dir=daemon.run_dir)
+    assert next(changes) == cached.Change(REF, "fetching", "", "", ())
+    assert next(changes) == cached.Change(REF, "verified", "sha256:1", "", ("disk",))
+    daemon.watched.put(None)
+    assert daemon.cancelled.wait(5)
+    daemon.cancelled.clear()
+    states.append(pb.Model(state="verified", id="sha256:1", devices=["disk", "host"]))
+    for model in states[1:]:
+        daemon.watched.put(model)
+    assert next(changes).devices == ("disk", "host")
+
+    async def first() -> cached.Change:
+        async for change in cached.watch_async(REF, run_dir=daemon.run_dir):
+            return change
+        raise AssertionError
+
+    changes.close()
+    assert daemon.cancelled.wait(5), "a closed iterator ends its call"
+    daemon.watched.put(states[0])
+    assert asyncio.run(first()).state == "fetching"
+
+
+def test_the_daemon_is_told_when_the_holder_has_its_memory(daemon: FakeDaemon) -> None:
+    with cached.acquire(REF, on="host", run_dir=daemon.run_dir, timeout_s=30) as model:
+        model.prefault()
+        model.ready()
+        assert daemon.ready == [model.lease_id]
 
 
 # --- being light ---

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import itertools
 import mmap
-import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from cached.client.errors import CachedError
+from cached.client.files import Files
 from cached.client.handoff import File, Index, Place
-from cached.client.tensors import DTYPES, Tensors, map_blob
+from cached.client.pages import Pages, map_blob
+from cached.client.tensors import DTYPES, Tensors
 
 CONTENT = bytes(range(256)) * 16
 START = 64
 
 
-def over(folder: Path, *places: Place, content: bytes = CONTENT) -> Tensors:
+def over(folder: Path, *places: Place, content: bytes = CONTENT, private: tuple[str, ...] = ()) -> Tensors:
     """Tensors at these places of one file."""
     (folder / "file").write_bytes(content)
-    fd = os.open(folder / "file", os.O_RDONLY)
-    try:
-        mapped = map_blob(fd, len(content), "file")
-    finally:
-        os.close(fd)
-    return Tensors(index_of(*places), {"digest": mapped})
+    index = index_of(*places)
+    return Tensors(index, Pages(Files(index.files, folder)), private)
 
 
 def index_of(*places: Place) -> Index:
@@ -113,6 +110,33 @@ def test_the_mapping_keeps_the_indexs_order(tmp_path: Path) -> None:
     tensors = over(tmp_path, *(Place(name, "U8", (1,), 0, 0, 1) for name in names))
     assert list(tensors) == names and len(tensors) == 3 and "a" in tensors and "b" not in tensors
     assert "3 tensors" in repr(tensors)
+
+
+def test_a_part_is_what_narrow_gives_and_no_more_is_kept(tmp_path: Path) -> None:
+    tensors = over(
+        tmp_path, Place("t", "I16", (4, 6, 5), 0, START, 240), Place("h", "F4", (3, 8), 0, START, 12)
+    )
+    for dim, start, stop in [(0, 1, 3), (-3, 3, 4), (1, 2, 6), (2, 1, 2), (-1, 0, 5), (0, 2, 2), (1, 0, 0)]:
+        part = tensors.slice("t", dim, start, stop)
+        assert torch.equal(part, tensors["t"].narrow(dim, start, stop - start)) and part.is_contiguous()
+        assert part.untyped_storage().nbytes() == part.nbytes or not part.numel()
+    rows = tensors.slice("t", 0, 1, 2)
+    rows.zero_()
+    assert not tensors["t"][1].any(), "the first dimension's is a view"
+    half = tensors.slice("h", 1, 1, 3).view(torch.uint8)
+    assert half.tolist() == tensors["h"].view(torch.uint8)[:, 1:3].tolist()
+    for dim, start, stop in [(3, 0, 1), (0, 0, 5), (0, 3, 2), (0, -1, 2)]:
+        with pytest.raises(IndexError, match="shape"):
+            tensors.slice("t", dim, start, stop)
+
+
+def test_what_is_private_is_copied_by_its_name(tmp_path: Path) -> None:
+    places = [Place(name, "U8", (8,), 0, START, 8) for name in ("a.scale", "b.scale", "a.weight")]
+    tensors = over(tmp_path, *places, private=("*.scale", "x"))
+    assert is_copy(tensors, "a.scale") and is_copy(tensors, "b.scale")
+    tensors.state_dict()["a.scale"].zero_()
+    assert tensors["a.weight"].tolist() == list(CONTENT[START : START + 8])
+    assert not is_copy(tensors, "a.weight")
 
 
 def test_every_combination_of_small_offsets_is_right(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import grpc
 
 from cached.cli import words
 from cached.client import granting, rpc
+from cached.client.devices import DISK, Wish
 from cached.client.errors import UNREACHABLE, CachedError
 from cached.v1 import model_cache_pb2 as pb
 from cached.v1 import model_cache_pb2_grpc as pb_grpc
@@ -82,7 +83,7 @@ class Node:
 
     def acquire_path(self, ref: str, ttl_s: int | None, report: Report) -> pb.Grant:
         """Waits until the model is on disk; it is leased only with ``ttl_s``."""
-        request = granting.make_request(ref, "disk", False, os.environ)
+        request = granting.make_request(ref, Wish(DISK), False, os.environ)
         request.lease = pb.LEASE_MODE_NONE if ttl_s is None else pb.LEASE_MODE_TTL
         request.ttl_s = ttl_s or 0
         # Read to its end, also past the grant: breaking a stream off would cancel it at the daemon.

@@ -1,22 +1,38 @@
 """A model that was acquired: its path, its tensors, and the lease that keeps them.
 
-Owns the descriptors of one handoff and the mappings made of them. Knows neither gRPC nor the daemon.
+Owns the lease's descriptor and, until they are mapped, the memory's. Knows neither gRPC nor the daemon.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 from cached.client.errors import CachedError
-from cached.client.handoff import File, Handoff
-from cached.client.tensors import Tensors, map_blob
+from cached.client.files import Files
+from cached.client.handoff import File, Index
+from cached.client.pages import Pages
+from cached.client.tensors import Memory, Tensors
 
-DISK = "disk"
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What was asked of ``acquire``, as far as a process asks for it again that was sent the model."""
+
+    ref: str
+    on: str
+    timeout_s: float
+    run_dir: str | None
+    address: str | None
+    private: tuple[str, ...]
 
 
 class Model:
@@ -24,13 +40,18 @@ class Model:
     that has it open, forked and exec'd ones included. Dropping the object does not end it.
 
     ``path`` is a directory with the files under their original names, ``id`` the content's (``sha256:…``),
-    ``attested`` whether the origin vouched for every file, ``device`` where it stands; ``files`` has each
-    file's name, size and sha256. ``lease_fd`` may be passed on to other processes; it is -1 once closed.
+    ``attested`` whether the origin vouched for every file; ``files`` has each file's name, size and sha256.
+    ``device`` is where it is handed out from: ``disk``, ``host``, or ``cuda:GPU-…``, whose one copy all
+    replicas on that GPU share. ``streamed`` says that tensors are copied from there to this process's GPU.
+    ``lease_fd`` may be passed on to other processes; it is -1 once closed.
+
+    A model that is pickled, as to a spawned process, is acquired anew where it is unpickled.
     """
 
     def __init__(
         self,
-        handoff: Handoff,
+        index: Index,
+        lease_fd: int,
         *,
         path: Path,
         ref: str,
@@ -38,30 +59,40 @@ class Model:
         attested: bool,
         device: str,
         lease_id: str,
+        memory: Memory | Files,
+        order: Order,
+        acquire_again: Callable[[Order, str], Model],
+        tell_ready: Callable[[], None],
     ) -> None:
-        """Takes over the handoff's descriptors."""
-        os.set_inheritable(handoff.lease_fd, True)  # a server that execs itself keeps its model
+        """Takes over ``lease_fd``, and ``memory``: files that are mapped once tensors are asked for, or what
+        stands or is copied elsewhere."""
+        os.set_inheritable(lease_fd, True)  # a server that execs itself keeps its model
         self.path = path
-        self.id = handoff.index.id
+        self.id = index.id
         self.ref = ref
         self.revision = revision
         self.attested = attested
         self.device = device
-        self.files: tuple[File, ...] = handoff.index.files
+        self.streamed = not isinstance(memory, Files) and not memory.shared
+        self.files: tuple[File, ...] = index.files
         self.lease_id = lease_id
-        self.lease_fd = handoff.lease_fd
-        self._index = handoff.index
-        self._blob_fds = handoff.blob_fds
-        self._maps: dict[str, mmap.mmap | None] = {}
+        self.lease_fd = lease_fd
+        self._index = index
+        self._files = memory if isinstance(memory, Files) else None
+        self._memory: Memory | None = Pages(memory) if isinstance(memory, Files) else memory
         self._tensors: Tensors | None = None
+        self._order = order
+        self._acquire_again = acquire_again
+        self._tell_ready = tell_ready
         self._lock = threading.Lock()
 
     @property
     def tensors(self) -> Tensors:
         """Every tensor by name, mapped at the first use: ``net.load_state_dict(model.tensors, assign=True)``.
 
-        What is written into a tensor stays this process's own. Raises CachedError once closed, for a name
-        that two files have, and where a file cannot be mapped.
+        On the host, what is written into a tensor stays this process's own. In a GPU's shared memory a write
+        ends this process's use of CUDA: name what is written to in ``private``. Raises CachedError once
+        closed, for a name that two files have, and where a file cannot be mapped.
         """
         with self._lock:
             if self.lease_fd < 0:
@@ -69,14 +100,39 @@ class Model:
                 raise CachedError("FAILED_PRECONDITION", "MODEL_CLOSED", f"{self.ref} is closed", hint)
             if self._tensors is None:
                 self._map()
-                self._tensors = Tensors(self._index, self._maps)
+                assert self._memory is not None
+                self._tensors = Tensors(self._index, self._memory, self._order.private)
             return self._tensors
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Every tensor in a dict of their names; where the model is streamed, the fastest way to have all."""
+        return self.tensors.state_dict()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor. Raises KeyError besides what ``tensors`` does."""
+        return self.tensors[name]
+
+    def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        """``start`` to ``stop`` of one dimension, as a tensor-parallel rank needs it; see Tensors.slice."""
+        return self.tensors.slice(name, dim, start, stop)
+
+    def prefault(self) -> None:
+        """Map every page of the tensors now, so that no first touch waits. Only pages on the host need it."""
+        _ = self.tensors
+        if isinstance(self._memory, Pages):
+            self._memory.prefault()
+
+    def ready(self) -> None:
+        """Tell the daemon that this process has taken the memory that it needs on its GPU, after which others
+        may be loaded there again. Without it, they are after some minutes. Raises CachedError."""
+        self._tell_ready()
 
     def close(self) -> None:
         """End this process's hold on the lease. Tensors already taken stay valid."""
         with self._lock:
-            self._drop_blobs()
-            self._maps, self._tensors = {}, None
+            if self._files is not None:
+                self._files.close()
+            self._memory = self._tensors = None
             if self.lease_fd >= 0:
                 os.close(self.lease_fd)
                 self.lease_fd = -1
@@ -93,36 +149,14 @@ class Model:
         state = "closed" if self.lease_fd < 0 else f"lease {self.lease_id}"
         return f"<Model {self.ref} {self.id} on {self.device}, {state}>"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._acquire_again, (self._order, self.id)
+
     def _map(self) -> None:
         """Map every file that has tensors. What is mapped stays, so that it can go on after a failure."""
-        wanted = {self.files[place.file].sha256 for place in self._index.places}
-        for file in self.files:
-            if file.sha256 in wanted and file.sha256 not in self._maps:
-                self._maps[file.sha256] = self._map_file(file)
-        self._drop_blobs()
-
-    def _map_file(self, file: File) -> mmap.mmap | None:
-        if self.device == DISK:
-            fd = _open(self.path / file.path)
-            try:
-                return map_blob(fd, file.size_bytes, file.path)
-            finally:
-                os.close(fd)
-        mapped = map_blob(self._blob_fds[file.sha256], file.size_bytes, file.path)
-        os.close(self._blob_fds.pop(file.sha256))
-        return mapped
-
-    def _drop_blobs(self) -> None:
-        while self._blob_fds:
-            os.close(self._blob_fds.popitem()[1])
-
-
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        hint = (
-            "mount the data directory read-only at the path that the daemon has it at, or set CACHED_DATA_DIR"
-        )
-        message = f"{path} cannot be opened: {error.strerror}"
-        raise CachedError("FAILED_PRECONDITION", "PATH_NOT_VISIBLE", message, hint) from error
+        if self._files is None or not isinstance(self._memory, Pages):
+            return
+        for number in sorted({place.file for place in self._index.places}):
+            self._memory.map(number)
+            self._files.drop(number)
+        self._files.close()

@@ -1,25 +1,22 @@
-"""Tensors wrapped around mapped files, without a copy.
+"""A model's tensors by name, wherever its bytes are.
 
-Owns the mappings: private and copy-on-write, so that what a replica writes is its own. Imports torch only
-when the first tensor is asked for; knows neither the daemon nor gRPC.
+Owns the mapping from names to places, what torch makes of a place's dtype and shape, and parts of tensors.
+Imports torch only when the first tensor is asked for; knows neither the daemon nor gRPC, nor what memory is.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
-import sys
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+import fnmatch
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from cached.client.errors import CachedError
 from cached.client.handoff import Index, Place
 
 if TYPE_CHECKING:
     import torch
-
-MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-"""No swap is set aside for pages that are not written to: a model may be larger than RAM."""
 
 DTYPES = {
     "BOOL": "bool",
@@ -47,23 +44,42 @@ DTYPES = {
 """The safetensors names of what torch can hold, and torch's own."""
 
 
+class Memory(Protocol):
+    """Where tensors are made of: mapped pages, a GPU's shared memory, or copies on a GPU."""
+
+    shared: bool
+    """Whether two accesses give the same memory, so that a private tensor has to be copied."""
+
+    def tensor(self, place: Place, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor at a place; ``shape_of`` is its shape."""
+
+    def tensors(self, places: Sequence[Place], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
+        """Many at once."""
+
+    def part(self, place: Place, dtype: torch.dtype, dim: int, start: int, stop: int) -> torch.Tensor:
+        """``start`` to ``stop`` of one dimension that is not the first."""
+
+
 class Tensors(Mapping[str, "torch.Tensor"]):
     """A model's tensors by name, in the index's order.
 
-    Each access wraps the mapped memory anew, in a storage of its own, and keeps the mapping alive for as
-    long as the tensor lives. A tensor whose place does not fit its dtype's alignment is copied.
+    Each access makes the tensor anew, in a storage of its own. Over mapped pages and a GPU's shared memory
+    that is a wrapper, which keeps the memory alive for as long as the tensor, or a view of it, lives; where
+    the model is streamed it is a copy. A tensor in pages whose place does not fit its dtype's alignment, and
+    one whose name matches a glob of ``private``, are copied, too.
     """
 
-    def __init__(self, index: Index, maps: Mapping[str, mmap.mmap | None]) -> None:
-        """``maps`` has by sha256 each blob in which tensors lie. Raises CachedError for a name used twice."""
+    def __init__(self, index: Index, memory: Memory, private: Sequence[str] = ()) -> None:
+        """Raises CachedError for a name used twice."""
         self._places = _by_name(index)
-        self._maps = [maps.get(file.sha256) for file in index.files]
+        self._memory = memory
+        globs = "|".join(fnmatch.translate(glob) for glob in private) if memory.shared else ""
+        self._private = re.compile(globs).match if globs else None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Raises KeyError; CachedError without torch, or for a dtype that this torch does not know."""
         place = self._places[name]
-        dtype = _dtype(place)
-        return _wrap(place, dtype, self._maps[place.file])
+        return self._own(name, self._memory.tensor(place, dtype_of(place)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -74,50 +90,38 @@ class Tensors(Mapping[str, "torch.Tensor"]):
     def __repr__(self) -> str:
         return f"<{len(self)} tensors, {sum(p.size_bytes for p in self._places.values())} bytes>"
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All of them; where they are streamed, several at a time. Raises CachedError like an access."""
+        places = list(self._places.values())
+        made = self._memory.tensors(places, [dtype_of(place) for place in places])
+        if self._private is None:
+            return dict(zip(self._places, made, strict=True))
+        return {name: self._own(name, tensor) for name, tensor in zip(self._places, made, strict=True)}
 
-def map_blob(fd: int, size_bytes: int, name: str) -> mmap.mmap | None:
-    """Map the whole file behind ``fd`` privately; None for an empty one. ``fd`` may be closed afterwards.
+    def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        """``tensor.narrow(dim, start, stop - start)``, for which no more is touched than it needs.
 
-    Raises CachedError where its size is not ``size_bytes``: touching pages past a file's end kills.
-    """
-    found = os.fstat(fd).st_size
-    if found != size_bytes:
-        message = f"{name} has {found} bytes where {size_bytes} were proven"
-        raise CachedError("DATA_LOSS", "SIZE_CHANGED", message, "`cachectl verify` finds what was changed")
-    if size_bytes == 0:
-        return None
-    flags, access = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-    try:
-        if sys.version_info >= (3, 13):
-            return mmap.mmap(fd, size_bytes, flags, access, trackfd=False)
-        return mmap.mmap(fd, size_bytes, flags, access)
-    except OSError as error:
-        message = f"{name} ({size_bytes} bytes) cannot be mapped: {error.strerror}"
-        hint = "look at the limits of address space and of open files (ulimit -v, ulimit -n)"
-        raise CachedError("RESOURCE_EXHAUSTED", "CANNOT_MAP", message, hint) from error
+        In pages a view of the first dimension's part, and a copy of another's; in a GPU's shared memory a
+        view; where the model is streamed, only the part is copied to the GPU. Raises IndexError besides.
+        """
+        place = self._places[name]
+        dtype, shape = dtype_of(place), shape_of(place)
+        if not (-len(shape) <= dim < len(shape)) or not 0 <= start <= stop <= shape[dim]:
+            raise IndexError(f"{name} has shape {shape}: there is no {start}:{stop} of dimension {dim}")
+        if dim % len(shape) == 0:
+            return self._own(name, self._memory.tensor(_rows(place, shape, start, stop), dtype))
+        return self._own(name, self._memory.part(place, dtype, dim % len(shape), start, stop))
 
-
-def _by_name(index: Index) -> dict[str, Place]:
-    places: dict[str, Place] = {}
-    for place in index.places:
-        other = places.setdefault(place.name, place)
-        if other is not place:
-            both = f"{index.files[other.file].path} and in {index.files[place.file].path}"
-            message = f"tensor {place.name!r} is in {both}"
-            hint = "open the wanted files below model.path with a loader of your choice"
-            raise CachedError("FAILED_PRECONDITION", "DUPLICATE_TENSOR", message, hint)
-    return places
+    def _own(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone() if self._private is not None and self._private(name) else tensor
 
 
-def _dtype(place: Place) -> torch.dtype:
-    try:
-        import torch  # late: whoever only wants the path needs no torch
-    except ImportError as error:
-        hint = "install cached[torch], or open model.path with a loader of your choice"
-        message = f"tensors need torch, and it cannot be imported: {error}"
-        raise CachedError("FAILED_PRECONDITION", "NO_TORCH", message, hint) from error
-    dtype = getattr(torch, DTYPES.get(place.dtype, ""), None)
-    if not isinstance(dtype, torch.dtype):
+def dtype_of(place: Place) -> torch.dtype:
+    """Raises CachedError without torch, or for a dtype that this torch does not know."""
+    dtype = _torch_dtype(place.dtype)
+    if dtype is None:
+        import torch
+
         message = (
             f"tensor {place.name!r} is of dtype {place.dtype}, which torch {torch.__version__} cannot hold"
         )
@@ -127,22 +131,45 @@ def _dtype(place: Place) -> torch.dtype:
     return dtype
 
 
-def _wrap(place: Place, dtype: torch.dtype, mapped: mmap.mmap | None) -> torch.Tensor:
-    import torch
-
-    shape = _shape(place)
-    if place.size_bytes == 0 or mapped is None:
-        return torch.empty(shape, dtype=dtype)
-    # frombuffer keeps the mmap object alive, but not its exported buffer: mmap.close() would pull the
-    # memory from under the tensors, so nobody calls it; the last tensor's end unmaps.
-    if place.offset_bytes % dtype.itemsize == 0:
-        count = place.size_bytes // dtype.itemsize
-        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=place.offset_bytes).reshape(shape)
-    raw = torch.frombuffer(mapped, dtype=torch.uint8, count=place.size_bytes, offset=place.offset_bytes)
-    return raw.clone().view(dtype).reshape(shape)
-
-
-def _shape(place: Place) -> tuple[int, ...]:
+def shape_of(place: Place) -> tuple[int, ...]:
+    """As torch counts elements."""
     if place.dtype != "F4" or not place.shape:
         return place.shape
     return (*place.shape[:-1], place.shape[-1] // 2)
+
+
+@functools.cache
+def _torch_dtype(name: str) -> torch.dtype | None:
+    try:
+        import torch  # late: whoever only wants the path needs no torch
+    except ImportError as error:
+        hint = "install cached[torch], or open model.path with a loader of your choice"
+        message = f"tensors need torch, and it cannot be imported: {error}"
+        raise CachedError("FAILED_PRECONDITION", "NO_TORCH", message, hint) from error
+    dtype = getattr(torch, DTYPES.get(name, ""), None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _by_name(index: Index) -> dict[str, Place]:
+    places = {place.name: place for place in index.places}
+    if len(places) == len(index.places):
+        return places
+    for place in index.places:
+        other = places[place.name]
+        if other is not place:
+            both = f"{index.files[place.file].path} and in {index.files[other.file].path}"
+            message = f"tensor {place.name!r} is in {both}"
+            hint = "open the wanted files below model.path with a loader of your choice"
+            raise CachedError("FAILED_PRECONDITION", "DUPLICATE_TENSOR", message, hint)
+    return places
+
+
+def _rows(place: Place, shape: tuple[int, ...], start: int, stop: int) -> Place:
+    """The place of some of the first dimension, whose bytes lie together."""
+    row_bytes = place.size_bytes // shape[0] if shape[0] else 0
+    first = place.shape[0] // shape[0] if shape[0] else 1  # a single dimension of half bytes counts twice
+    return place._replace(
+        shape=((stop - start) * first, *place.shape[1:]),
+        offset_bytes=place.offset_bytes + start * row_bytes,
+        size_bytes=(stop - start) * row_bytes,
+    )

@@ -230,7 +230,15 @@ class _Process:
         return found
 
     def allowed(self, address: int, size_bytes: int) -> int:
-        """The access that is allowed in all of a range that may begin and end within mappings."""
+        """The access that is allowed in all of a range that may begin and end within mappings.
+
+        What nobody has reserved is torch's: it allocates by itself on the device that it takes this one for.
+        """
+        if not any(
+            start < address + size_bytes and address < start + whole
+            for start, whole in self.reservations.items()
+        ):
+            return 3
         flags, end = 3, address
         for start in sorted(self.mappings):
             mapping = self.mappings[start]

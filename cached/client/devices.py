@@ -1,0 +1,111 @@
+"""Which place a caller means by ``on``, and what the daemon is asked for it.
+
+Owns the words for devices and the matching of this process's GPUs with the node's, by UUID. Asks the driver
+only where a GPU is meant; knows neither gRPC nor torch's tensors.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, replace
+
+from cached.client.errors import CachedError
+from cached.cuda import CudaError, Driver, Gpu
+
+DISK = "disk"
+HOST = "host"
+AUTO = "auto"
+IMPORT_FAILED = "GPU_IMPORT_FAILED"
+_NOT_ON_THE_GPU = ("HELD_BY_OTHER_UID", IMPORT_FAILED)
+_NOT_ON_THE_HOST = ("NO_STANDBY", "DEVICE_CAPACITY")
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is asked of the daemon, in its words, and the GPU of this process that it is asked for.
+
+    ``streams`` says that the tensors are wanted on ``gpu`` wherever their bytes come from.
+    """
+
+    device: str
+    prefers: tuple[str, ...] = ()
+    gpu: Gpu | None = None
+    streams: bool = False
+    room_device: str = ""
+    room_bytes: int = 0
+
+    def after(self, reason: str) -> Wish | None:
+        """What to ask for instead once this was refused for ``reason``; None where there is nothing less."""
+        elsewhere = tuple(name for name in self.prefers if not name.startswith("cuda:"))
+        if reason in _NOT_ON_THE_GPU and elsewhere != self.prefers:
+            return replace(self, prefers=elsewhere)
+        if reason in _NOT_ON_THE_HOST and self.device == HOST and self.streams:
+            return replace(self, device=DISK)
+        return None
+
+
+def wish(on: str, room_bytes: int = 0, room_on: str = "") -> Wish:
+    """What ``on`` means in this process. Raises CachedError, NO_GPU for one that it has not."""
+    wanted = _wanted(on)
+    if not room_bytes:
+        return wanted
+    if room_on or wanted.gpu is None:
+        return replace(wanted, room_device=_name(_find(room_on or "cuda:0")), room_bytes=room_bytes)
+    return replace(wanted, room_device=_name(wanted.gpu), room_bytes=room_bytes)
+
+
+def _wanted(on: str) -> Wish:
+    if on == AUTO:
+        try:
+            gpu = _nth(Driver().gpus(), None)
+        except CudaError:
+            return Wish(DISK, (HOST,))
+        return Wish(DISK, (*_names(gpu), HOST), gpu) if gpu is not None else Wish(DISK, (HOST,))
+    if on == "cuda" or on.startswith("cuda:"):
+        gpu = _find(on)
+        return Wish(HOST, _names(gpu), gpu, streams=True)
+    return Wish(on or DISK)
+
+
+def _find(on: str) -> Gpu:
+    """This process's GPU of that name: ``cuda``, ``cuda:N`` or ``cuda:<uuid>``. Raises CachedError."""
+    word = re.fullmatch(r"cuda(?::(?:(?P<n>\d{1,4})|(?:GPU-|MIG-)?(?P<uuid>[0-9a-fA-F-]{36})))?", on)
+    if word is None:
+        hint = "write cuda, cuda:N as torch counts, or cuda:GPU-<uuid> as nvidia-smi -L shows it"
+        raise CachedError("INVALID_ARGUMENT", "BAD_DEVICE", f"{on[:100]!r} is no GPU's name", hint)
+    try:
+        gpus = Driver().gpus()
+        if word["uuid"]:
+            gpu = next((gpu for gpu in gpus if gpu.uuid == word["uuid"].lower()), None)
+        else:
+            gpu = _nth(gpus, None if word["n"] is None else int(word["n"]))
+    except CudaError as error:
+        hint = (
+            "give the process a GPU, its driver and cuda-bindings (in a forked child there is none), "
+            "or acquire on='auto' or on='host'"
+        )
+        message = f"on={on!r}: CUDA cannot be used here: {error}"
+        raise CachedError("FAILED_PRECONDITION", "NO_GPU", message, hint) from error
+    if gpu is None:
+        message = f"on={on!r}: this process sees {len(gpus)} GPUs, and not that one"
+        raise CachedError("FAILED_PRECONDITION", "NO_GPU", message, "see CUDA_VISIBLE_DEVICES, nvidia-smi -L")
+    return gpu
+
+
+def _nth(gpus: list[Gpu], n: int | None) -> Gpu | None:
+    """Without a number torch's current one, as in torch's own ``cuda``. Torch and the driver count alike."""
+    torch = sys.modules.get("torch")
+    if n is None:
+        n = torch.cuda.current_device() if torch is not None and torch.cuda.is_initialized() else 0
+    return gpus[n] if n < len(gpus) else None
+
+
+def _names(gpu: Gpu) -> tuple[str, ...]:
+    """The daemon's names for it: a UUID does not tell whether it is a GPU's or an instance's of MIG."""
+    return (f"cuda:GPU-{gpu.uuid}", f"cuda:MIG-{gpu.uuid}")
+
+
+def _name(gpu: Gpu) -> str:
+    """Its one name where only one can be said; an instance of MIG says so in the device's own name."""
+    return _names(gpu)[" MIG " in gpu.name]
