@@ -36,6 +36,7 @@ from cached.model import (
 )
 from cached.node import Node
 from cached.node.grants import Granted
+from cached.node.pins import is_of_file
 from cached.node.service import Proof
 from cached.node.views import ModelView, PlaceView
 from cached.v1 import model_cache_pb2 as pb
@@ -397,6 +398,10 @@ def _claim(claim: Claim, shows_holders: bool) -> pb.Claim:
         made_at=claim.made_at,
         expires_at=claim.expires_at or 0.0,
         holder=_holder(claim.holder) if claim.holder and shows_holders else None,
+        copies=claim.copies if claim.kind is ClaimKind.PIN else 0,
+        priority=claim.priority,
+        unclaimed=claim.unclaimed,
+        of_file=is_of_file(claim),
     )
 
 

@@ -276,6 +276,12 @@ def test_pins_of_pools_and_swaps_say_where_it_stands_now(daemon: Daemon, cachect
     assert (asked.out, asked.ref, asked.device, asked.wait) == ("file:///old/", REF, "cuda:0", True)
     assert ran.out == f"{REF} is pinned on cuda:0 in the place of file:///old/; it is on disk, {GPU}\n"
     assert cachectl("swap", "file:///old/", REF).code == 2  # a swap is somewhere
+    pin = pb.Claim(kind="pin", device="cuda:any", copies=2, priority=5, unclaimed=True, of_file=True)
+    daemon.answers["Get"] = a_model(claims=[pin])
+    said = (
+        "pin on cuda:any, made never, of the configuration file, 2 copies, priority 5, also on unclaimed GPUs"
+    )
+    assert f"claims  {said}" in cachectl("show", REF).out
 
 
 def test_unpin_where_there_is_no_pin_exits_3(daemon: Daemon, cachectl: Any) -> None:

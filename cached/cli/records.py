@@ -117,6 +117,16 @@ def _claim(claim: pb.Claim) -> Record:
         "made_at": claim.made_at,
         "expires_at": claim.expires_at or None,
         "holder": _holder(claim.holder) if claim.HasField("holder") else None,
+        **(_pin(claim) if claim.copies else {}),
+    }
+
+
+def _pin(claim: pb.Claim) -> Record:
+    return {
+        "copies": claim.copies,
+        "priority": claim.priority,
+        "unclaimed": claim.unclaimed,
+        "of_file": claim.of_file,
     }
 
 

@@ -147,6 +147,10 @@ def holder(who: pb.Holder) -> str:
 def claim(one: pb.Claim, now_s: float) -> str:
     """``lease on host, made 3m ago, ends in 7m, uid 1000 (declares …)``."""
     facts = [f"{one.kind} on {one.device}", f"made {ago(one.made_at, now_s)}"]
+    facts += ["of the configuration file"] if one.of_file else []
+    facts += [f"{one.copies} copies"] if one.copies > 1 else []
+    facts += [f"priority {one.priority}"] if one.priority else []
+    facts += ["also on unclaimed GPUs"] if one.unclaimed else []
     if one.expires_at > 0:
         facts.append(f"ends in {span(one.expires_at - now_s)}")
     if one.HasField("holder"):

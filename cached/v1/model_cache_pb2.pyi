@@ -592,6 +592,10 @@ class Claim(_message.Message):
     MADE_AT_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     HOLDER_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    UNCLAIMED_FIELD_NUMBER: _builtins.int
+    OF_FILE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     kind: _builtins.str
     """prefetch, lease or pin."""
@@ -599,6 +603,12 @@ class Claim(_message.Message):
     made_at: _builtins.float
     expires_at: _builtins.float
     """Unix seconds; 0 for one without an end of its own."""
+    copies: _builtins.int
+    """Pins only, as in PinRequest."""
+    priority: _builtins.int
+    unclaimed: _builtins.bool
+    of_file: _builtins.bool
+    """A pin of the configuration file's."""
     @_builtins.property
     def holder(self) -> Global___Holder:
         """Leases only; left out on the replicas' socket."""
@@ -612,10 +622,14 @@ class Claim(_message.Message):
         made_at: _builtins.float = ...,
         expires_at: _builtins.float = ...,
         holder: Global___Holder | None = ...,
+        copies: _builtins.int = ...,
+        priority: _builtins.int = ...,
+        unclaimed: _builtins.bool = ...,
+        of_file: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "expires_at", b"expires_at", "holder", b"holder", "id", b"id", "kind", b"kind", "made_at", b"made_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copies", b"copies", "device", b"device", "expires_at", b"expires_at", "holder", b"holder", "id", b"id", "kind", b"kind", "made_at", b"made_at", "of_file", b"of_file", "priority", b"priority", "unclaimed", b"unclaimed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

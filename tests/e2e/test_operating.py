@@ -30,7 +30,8 @@ def test_what_the_file_pins_stays_until_it_stands_there_no_more(cold_node: NodeK
     refused = node.ctl("unpin", ref, code=7)
     assert str(config) in refused.stderr
     node.ctl("pin", ref)
-    assert [claim["kind"] for claim in node.row(ref)["claims"]] == ["pin", "pin"]
+    node.ctl("pin", ref, "--priority", "7")  # the same pin, changed
+    assert sorted(claim["priority"] for claim in node.row(ref)["claims"]) == [3, 7]
     assert "(1 pin)" in node.ctl("unpin", ref).stdout  # the one by hand
     node.kill_daemon()
     node.serve("--config", str(config), with_preloader=False)
