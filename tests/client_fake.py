@@ -30,6 +30,7 @@ from cached.handoff import HandoffServer, Package
 from cached.model import (
     ArtifactId,
     Blob,
+    CachedError,
     Digest,
     ErrorKind,
     Manifest,
@@ -87,6 +88,8 @@ class FakeDaemon(ModelCacheServicer):
         self.sends_memory = True
         self.names_id = str(self.manifest.id)
         self.ready: list[str] = []
+        self.residents: dict[str, tuple[int, ...]] = {}  # by device, beside disk and host
+        self.refused: dict[str, Problem] = {}  # by device
         self.cancelled = threading.Event()
         self.watched: queue.SimpleQueue[pb.Model | None] = queue.SimpleQueue()
         self._tokens: dict[str, tuple[str, str]] = {}
@@ -129,8 +132,9 @@ class FakeDaemon(ModelCacheServicer):
         for progress in self.progress:
             yield pb.AcquireEvent(progress=progress)
         time.sleep(self.stall_s)
-        if self.problem is not None:
-            context.abort_with_status(rpc_status.to_status(rich_status(self.problem)))
+        problem = self.problem or self.refused.get(request.device)
+        if problem is not None:
+            context.abort_with_status(rpc_status.to_status(rich_status(problem)))
         if self.grants_anything:
             yield pb.AcquireEvent(grant=self._grant(request))
             time.sleep(0.02)
@@ -153,7 +157,8 @@ class FakeDaemon(ModelCacheServicer):
 
     def _grant(self, request: pb.AcquireRequest) -> pb.Grant:
         token, lease_id = secrets.token_hex(16), secrets.token_hex(8)
-        self._tokens[token] = (lease_id, request.device)
+        device = next((each for each in request.prefers if each in self.residents), request.device)
+        self._tokens[token] = (lease_id, device)
         model = pb.Model(
             ref=request.ref,
             id=self.names_id,
@@ -161,18 +166,21 @@ class FakeDaemon(ModelCacheServicer):
             attested=True,
             path=str(self.tree),
         )
-        blobs = 0 if request.device == "disk" else len(self.manifest.distinct_blobs())
-        return pb.Grant(token=token, lease_id=lease_id, model=model, blobs=blobs)
+        blobs = 0 if device == "disk" else len(self.manifest.distinct_blobs())
+        blobs = len(self.residents.get(device, ())) or blobs
+        return pb.Grant(token=token, lease_id=lease_id, model=model, blobs=blobs, device=device)
 
     async def _redeem(self, token: str, uid: int) -> Package:
         if self.forgets_tokens or token not in self._tokens:
             self.forgets_tokens = max(0, self.forgets_tokens - 1)
             raise permanent(ErrorKind.DENIED, "BAD_TOKEN", "this token is not known", "acquire again")
         lease_id, device = self._tokens.pop(token)
+        if device in self.residents and device in self.refused:
+            raise CachedError(self.refused[device])
         self.uids.append(uid)
         lease = os.open(self.leases / lease_id, os.O_RDWR | os.O_CREAT)
         fcntl.flock(lease, fcntl.LOCK_SH)
-        blobs = self._blobs() if device != "disk" and self.sends_memory else ()
+        blobs = self.residents.get(device) or self._blobs() if device != "disk" and self.sends_memory else ()
         return Package({"lease_id": lease_id}, msgspec.json.encode(self.manifest), lease, blobs)
 
     def _blobs(self) -> tuple[int, ...]:

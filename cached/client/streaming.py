@@ -53,10 +53,10 @@ class Streamed:
 
     shared = False
 
-    def __init__(self, gpu: Gpu, files: Files) -> None:
+    def __init__(self, gpu: Gpu, files: Files, buffer_bytes: int = BUFFER_BYTES) -> None:
         self._gpu = gpu
         self._files = files
-        self._ring = Ring(gpu)
+        self._ring = Ring(gpu, buffer_bytes)
         self._pages = Pages(files)
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -135,15 +135,17 @@ class Streamed:
 class Ring:
     """Pinned buffers, made as they are needed and kept until the last user of this object is gone."""
 
-    def __init__(self, gpu: Gpu) -> None:
+    def __init__(self, gpu: Gpu, buffer_bytes: int) -> None:
+        assert buffer_bytes >= RUN_BYTES
         gpu.hold()  # pinned memory and streams end with their context
         self._gpu = gpu
+        self._buffer_bytes = buffer_bytes
         self._buffers: list[_Buffer] = []
         weakref.finalize(self, _unpin, gpu, self._buffers, os.getpid()).atexit = False
 
     def stream(self, runs: list[Run], read: Callable[[Run, memoryview], None]) -> None:
         """Copy all the runs; returns when they are there. Raises what ``read`` does, and CudaError."""
-        batches = deque(_batches(runs))
+        batches = deque(_batches(runs, self._buffer_bytes))
         buffers = [self._buffer(number) for number in range(min(2 * THREADS, len(batches)))]
         if len(buffers) < 2:
             return self._drain(batches, buffers, read)
@@ -177,7 +179,7 @@ class Ring:
     def gather(self, rows: torch.Tensor, address: int) -> None:
         """Copy rows of bytes, each shorter than RUN_BYTES, so that they lie together on the device."""
         count, row_bytes = rows.shape
-        step = BUFFER_BYTES // row_bytes
+        step = self._buffer_bytes // row_bytes
         with self._gpu.context():
             for number, start in enumerate(range(0, count, step)):
                 some, buffer = rows[start : start + step], self._buffer(number % 2)
@@ -191,17 +193,18 @@ class Ring:
     def _buffer(self, number: int) -> _Buffer:
         if number == len(self._buffers):
             with self._gpu.context():
-                self._buffers.append(_Buffer(self._gpu.pin(BUFFER_BYTES), self._gpu.stream()))
+                address = self._gpu.pin(self._buffer_bytes)
+                self._buffers.append(_Buffer(address, self._buffer_bytes, self._gpu.stream()))
         return self._buffers[number]
 
 
 class _Buffer:
-    """BUFFER_BYTES of pinned memory, and the stream of its copies."""
+    """Pinned memory, and the stream of its copies."""
 
-    def __init__(self, address: int, stream: Any) -> None:
+    def __init__(self, address: int, size_bytes: int, stream: Any) -> None:
         self.address = address
         self.stream = stream
-        self._bytes = (ctypes.c_ubyte * BUFFER_BYTES).from_address(address)
+        self._bytes = (ctypes.c_ubyte * size_bytes).from_address(address)
         self.view = memoryview(self._bytes).cast("B")
 
     def tensor(self) -> torch.Tensor:
@@ -242,10 +245,10 @@ class _Opened:
             return self._fds[number]
 
 
-def _batches(runs: list[Run]) -> Iterator[list[Run]]:
+def _batches(runs: list[Run], buffer_bytes: int) -> Iterator[list[Run]]:
     """Pieces in the files' order, as many at once as fit a buffer."""
     batch: list[Run] = []
-    room_bytes = BUFFER_BYTES
+    room_bytes = buffer_bytes
     for run in sorted(runs, key=lambda run: (run.file, run.offset_bytes)):
         done = 0
         while done < run.size_bytes:
@@ -254,7 +257,7 @@ def _batches(runs: list[Run]) -> Iterator[list[Run]]:
             done, room_bytes = done + take, room_bytes - take
             if not room_bytes:
                 yield batch
-                batch, room_bytes = [], BUFFER_BYTES
+                batch, room_bytes = [], buffer_bytes
     if batch:
         yield batch
 
