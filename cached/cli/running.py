@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
@@ -97,9 +98,19 @@ def run(
             address=address,
             on_progress=lambda told: shown.show(_as_told(told)),
             room_bytes=words.parse_size(room or "") or 0,
-            room_on=room_on,
+            room_on=visible(room_on, os.environ),
         )
     raise typer.Exit(_run(command, environment(model, os.environ), model.lease_fd))
+
+
+def visible(room_on: str, env: Mapping[str, str]) -> str:
+    """A GPU's number as its UUID where the environment tells: then no driver has to be asked for it."""
+    word = re.fullmatch(r"(?:cuda(?::(\d{1,4}))?)?", room_on)
+    listed = (env.get("CUDA_VISIBLE_DEVICES") or env.get("NVIDIA_VISIBLE_DEVICES") or "").split(",")
+    if word is None or (number := int(word[1] or 0)) >= len(listed):
+        return room_on
+    name = listed[number].strip()
+    return f"cuda:{name}" if name.startswith(("GPU-", "MIG-")) else room_on
 
 
 def environment(model: Model, env: Mapping[str, str]) -> dict[str, str]:

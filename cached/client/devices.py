@@ -50,6 +50,8 @@ def wish(on: str, room_bytes: int = 0, room_on: str = "") -> Wish:
     wanted = _wanted(on)
     if not room_bytes:
         return wanted
+    if re.fullmatch(r"cuda:(GPU|MIG)-[0-9a-fA-F-]{36}", room_on):  # no driver has to be asked for it
+        return replace(wanted, room_device=room_on, room_bytes=room_bytes)
     if room_on or wanted.gpu is None:
         return replace(wanted, room_device=_name(_find(room_on or "cuda:0")), room_bytes=room_bytes)
     return replace(wanted, room_device=_name(wanted.gpu), room_bytes=room_bytes)
