@@ -152,6 +152,13 @@ def test_what_is_pinned_on_a_gpu_outlives_every_death_but_the_machines(node: Gpu
     for fd in received:
         os.close(fd)
 
+    said = node.node.ctl(
+        "run", ref, "--room", "50MiB", "--room-on", first, "--", "sh", "-c", "echo $MODEL_ID"
+    )
+    assert said.stdout.strip() == node.node.row(ref)["id"]
+    told = node.node.ctl("run", ref, "--room", "1GB", "--room-on", first, "--", "true", code=5).stderr
+    assert "cannot be made free" in told and "67.11 MB" in told
+
     # A GPU that falls ill gives up what it has, and says why.
     node.gpus.xid(second.removeprefix("cuda:"), 79)
     eventually(lambda: not node.stands(node.refs[2], second))
