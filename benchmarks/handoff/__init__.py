@@ -1,0 +1,1 @@
+"""What a replica gets and how fast, beside what it would use without us."""
