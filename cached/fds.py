@@ -51,7 +51,7 @@ def receive(
 
     Raises FramingError for a malformed or broken-off message (nothing stays open), OSError else.
     """
-    header = _parse(_receive_line(sock, most_bytes))
+    header = parse(_receive_line(sock, most_bytes))
     count = header.get("fds", 0)
     if type(count) is not int or not 0 <= count <= most_fds:
         raise FramingError(f"a message announces {count!r} descriptors; at most {most_fds} are taken")
@@ -99,7 +99,8 @@ def _receive_batch(sock: socket.socket) -> list[int]:
     raise FramingError("the other end broke off while sending descriptors")
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def parse(line: bytes) -> dict[str, Any]:
+    """A message's header. Raises FramingError; RecursionError for what nobody sends in good faith."""
     try:
         header = json.loads(line)
     except ValueError as error:

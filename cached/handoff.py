@@ -42,11 +42,12 @@ _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_
 class Package:
     """What one token is worth. The server closes ``lease_fd``; ``blob_fds`` stay the standby's.
 
-    ``index`` is the Manifest as JSON; ``blob_fds`` are in the order of its distinct blobs.
+    ``index`` reads the Manifest as JSON, in a thread, and may raise CachedError; ``blob_fds`` are in the
+    order of its distinct blobs.
     """
 
     header: dict[str, str | int | bool]
-    index: bytes
+    index: Callable[[], bytes]
     lease_fd: int
     blob_fds: tuple[int, ...]
 
@@ -121,13 +122,17 @@ class HandoffServer:
         self._places.release()
 
     async def _serve(self, connection: socket.socket) -> None:
-        # A timeout on the socket bounds one read only, and a client that drips bytes would never meet
-        # it; so each half of the exchange has a deadline, at which the connection is shut down.
-        connection.settimeout(self._client_s)
         try:
-            asked = await self._within(connection, _receive_token, connection)
+            # The loop reads the token itself: to hand it to a thread costs more than all the rest.
+            async with asyncio.timeout(self._client_s):
+                asked = await _receive_token(connection)
             answer = asked if isinstance(asked, Problem) else await self._answer(asked, _peer_uid(connection))
+            # A timeout on the socket bounds one write only, and a client that drips bytes would never meet
+            # it; so the answer has a deadline, at which the connection is shut down.
+            connection.settimeout(self._client_s)
             await self._within(connection, _send, connection, answer)
+        except TimeoutError:
+            pass  # it has asked for nothing
         finally:
             _shut(connection)
             connection.close()
@@ -167,7 +172,7 @@ class _Parcel:
     """A package on its way, with descriptors that are ours alone: the lease first."""
 
     header: dict[str, str | int | bool]
-    index: bytes
+    index: Callable[[], bytes]
     fds: tuple[int, ...]
 
 
@@ -187,12 +192,20 @@ def _own(package: Package) -> _Parcel:
     return _Parcel(package.header, package.index, tuple(taken))
 
 
-def _receive_token(connection: socket.socket) -> str | Problem:
+async def _receive_token(connection: socket.socket) -> str | Problem:
+    loop, line = asyncio.get_running_loop(), bytearray()
     try:
-        request, _ = fds.receive(connection, most_fds=0)
+        while b"\n" not in line and len(line) <= fds.MAX_LINE_BYTES:
+            seen = await loop.sock_recv(connection, 4096)
+            if not seen:
+                return _bad_request("it was broken off")
+            line += seen
+        request = fds.parse(bytes(line.partition(b"\n")[0]))
     except (fds.FramingError, RecursionError, OSError) as error:
         return _bad_request(str(error))
     token = request.get("token")
+    if request.get("fds", 0) != 0:
+        return _bad_request("it announces descriptors")
     if not isinstance(token, str) or not 0 < len(token) <= MAX_TOKEN_CHARS:
         return _bad_request(f"its token is no text of 1 to {MAX_TOKEN_CHARS} characters")
     return token
@@ -204,13 +217,16 @@ def _send(connection: socket.socket, answer: _Parcel | Problem) -> None:
         if isinstance(answer, Problem):
             fds.send(connection, {"error": _words(answer)})
         else:
-            _send_parcel(connection, answer)
+            try:
+                _send_parcel(connection, answer)
+            except CachedError as error:  # its index cannot be read any more; nothing was sent yet
+                fds.send(connection, {"error": _words(error.problem)})
 
 
 def _send_parcel(connection: socket.socket, parcel: _Parcel) -> None:
     owned = [*parcel.fds]
     try:
-        index = _sealed(parcel.index)
+        index = _sealed(parcel.index())
         owned.append(index)
         lease, *blobs = parcel.fds
         fds.send(connection, dict(parcel.header), (lease, index, *blobs))

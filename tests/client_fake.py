@@ -181,7 +181,8 @@ class FakeDaemon(ModelCacheServicer):
         lease = os.open(self.leases / lease_id, os.O_RDWR | os.O_CREAT)
         fcntl.flock(lease, fcntl.LOCK_SH)
         blobs = self.residents.get(device) or self._blobs() if device != "disk" and self.sends_memory else ()
-        return Package({"lease_id": lease_id}, msgspec.json.encode(self.manifest), lease, blobs)
+        index = msgspec.json.encode(self.manifest)
+        return Package({"lease_id": lease_id}, lambda: index, lease, blobs)
 
     def _blobs(self) -> tuple[int, ...]:
         if not self._blob_fds:

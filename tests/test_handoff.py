@@ -41,7 +41,7 @@ class Desk:
         # A pipe stands for the lease: its other end sees when the last copy is closed.
         watch, lease = os.pipe()
         self.leases.append((watch, lease))
-        return Package({"lease_id": "l1", "attested": True}, self.index, lease, self.blob_fds)
+        return Package({"lease_id": "l1", "attested": True}, lambda: self.index, lease, self.blob_fds)
 
     def all_leases_ended(self) -> bool:
         """Whether nobody has a lease's descriptor any more. To be asked once."""

@@ -51,6 +51,7 @@ BUSY_PAUSE_S = 0.5
 RELEASE_TRIES = 10
 HELD_PAUSE_S = 1.0
 """Between two looks whether a GPU's memory, which somebody still has mapped, is free by now."""
+USE_EVERY_S = 1.0
 MEASURED_BYTES = 8 * 1024 * 1024
 """What comes in less says more about the way to an origin than about its rate."""
 
@@ -76,6 +77,7 @@ class Effects:
         self._committing: set[RevisionKey] = set()
         self._background: dict[RevisionKey, bool] = {}
         self.durable: set[ClaimId] = set()
+        self._used: dict[ArtifactId, float] = {}
         self.origin_bytes = 0
 
     def start(self, action: t.Action) -> None:
@@ -112,7 +114,7 @@ class Effects:
             case t.CannotFetch(_, problem) | t.CannotLoad(_, _, problem):
                 self._tell(problem)
             case t.Grant(claim):
-                self.core.spawn(self._granted(claim), f"grant {claim}")
+                self._granted(claim)
             case t.Refuse(claim, problem):
                 self.core.answer(claim, problem)
                 self.core.spawn(self.forget_claim(claim), f"refuse {claim}")
@@ -233,6 +235,7 @@ class Effects:
         size_bytes = self.core.state.artifacts[artifact].artifact.size_bytes
         log.info("evicting", artifact=artifact, size_bytes=size_bytes, why=why)
         await self._disk.call(self._store.evict, artifact, drop)
+        self._used.pop(artifact, None)
         self._metrics.evicted(size_bytes)
         self.core.post(t.Evicted(artifact))
         self.capacity.poke()
@@ -348,16 +351,24 @@ class Effects:
 
     # --- claims -----------------------------------------------------------------------------
 
-    async def _granted(self, claim_id: ClaimId) -> None:
+    def _granted(self, claim_id: ClaimId) -> None:
         claim = self.core.state.claims.get(claim_id)
         self.core.answer(claim_id)
         if claim is None:  # a prefetch: it ends with its proof
-            await self.forget_claim(claim_id)
+            self.core.spawn(self.forget_claim(claim_id), f"forget {claim_id}")
         elif claim.artifact is not None:
-            await self.used(claim.artifact)
+            self.used(claim.artifact)
 
-    async def used(self, artifact: ArtifactId) -> None:
-        """Write down that it was in use until now. No promise: where that fails, it counts as colder."""
+    def used(self, artifact: ArtifactId) -> None:
+        """Write down that it was in use until now, unless it was just done: nobody waits for it, and all that
+        want the disk's thread would wait behind it."""
+        now = time.monotonic()
+        if now - self._used.get(artifact, -USE_EVERY_S) >= USE_EVERY_S:
+            self._used[artifact] = now
+            self.core.spawn(self._use(artifact), f"use {artifact}")
+
+    async def _use(self, artifact: ArtifactId) -> None:
+        """No promise: where that fails, it counts as colder."""
         try:
             await self._disk.call(self._store.touch, artifact, time.time())
         except CachedError as error:

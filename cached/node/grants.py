@@ -10,6 +10,7 @@ import asyncio
 import secrets
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import structlog
 
@@ -83,7 +84,7 @@ class Grants:
     def _note_use(self, claim_id: ClaimId) -> None:
         claim = self._core.state.claims.get(claim_id)
         if claim is not None and claim.artifact is not None:
-            self._core.spawn(self._effects.used(claim.artifact), f"use {claim.artifact}")
+            self._effects.used(claim.artifact)
 
     def _drop_uncollected(self, now_s: float) -> None:
         for token, (claim_id, until_s) in list(self._tokens.items()):
@@ -149,7 +150,6 @@ class Grants:
             raise
 
     async def _handoff(self, claim: Claim, artifact: ArtifactId) -> Package:
-        index = await self._disk.call(self._store.manifest_bytes, artifact)
         assert claim.holder is not None and claim.holder.uid is not None
         blobs: tuple[int, ...] = ()
         if is_gpu(claim.device):
@@ -161,6 +161,7 @@ class Grants:
         lease_fd = self._leases.create(claim)
         self._core.post(t.Held(claim.id, claim.holder))
         log.info("handed out", lease=claim.id, artifact=artifact, device=claim.device, uid=claim.holder.uid)
+        index = partial(self._store.manifest_bytes, artifact)
         return Package(self._header(claim, artifact), index, lease_fd, blobs)
 
     async def _descriptors(self, claim: Claim, artifact: ArtifactId, uid: int) -> tuple[int, ...]:

@@ -264,10 +264,10 @@ class Node:
     async def _wait(self, claim: Claim) -> AsyncGenerator[Progress]:
         """Progress until the claim is granted. Raises the CachedError that refuses it."""
         future = self._core.claim(claim)
+        self._core.turn(time.time())  # what stands there already is granted here and now
         shown: Progress | None = None
         while True:
-            done, _ = await asyncio.wait([future], timeout=PROGRESS_EVERY_S)
-            if done:
+            if future.done() or (await asyncio.wait([future], timeout=PROGRESS_EVERY_S))[0]:
                 future.result()
                 return
             progress = self._progress(claim.id)

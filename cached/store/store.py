@@ -332,7 +332,7 @@ class Store:
         return manifest
 
     def manifest_bytes(self, artifact: ArtifactId) -> bytes:
-        """The manifest as JSON. Raises CachedError NOT_FOUND."""
+        """The manifest as JSON; any thread may ask. Raises CachedError NOT_FOUND."""
         if artifact not in self._entries:
             raise permanent(
                 ErrorKind.NOT_FOUND,
