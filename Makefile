@@ -1,10 +1,11 @@
 # Every target sets up what it needs: a fresh checkout on a machine with Python 3.11 or newer is enough.
 #   make demo | test | check | bench        make PYTHON=python3.12 test        make test ARGS="-k config"
-#   make bench ARGS="--count 100" ARGS_PEERS="--only http --peers ours,curl,limit"
+#   make bench ARGS="--count 100" ARGS_PEERS="--only http --peers ours,curl,limit" ARGS_HANDOFF="--quick"
 
 PYTHON ?= python3
 ARGS ?=
 ARGS_PEERS ?=
+ARGS_HANDOFF ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -69,13 +70,14 @@ demo: $(STAMP)
 
 bench: $(PEERS)
 	@status=0; $(PY) -m benchmarks.bench $(ARGS) || status=$$?; \
-	: "a missed bound, 1, is told again at the end; a signal ends both"; \
+	: "a missed bound, 1, is told again at the end; a signal ends all"; \
 	if [ $$status -le 1 ]; then $(PY) -m benchmarks.peers $(ARGS_PEERS) || status=$$?; fi; \
+	if [ $$status -le 1 ]; then $(PY) -m benchmarks.handoff $(ARGS_HANDOFF) || status=$$?; fi; \
 	exit $$status
 
-# What our download is measured against; the tests do without. A program that cannot be had is named in the table.
+# What we are measured against; the tests do without. What cannot be had is named in the tables.
 $(PEERS): $(STAMP)
-	@$(PIP) install -c constraints.txt -e '.[bench]'
+	@$(PIP) install -c constraints.txt -e '.[torch,bench]'
 	@for package in nginx aria2 curl; do .ci/debian $$package || true; done
 	@touch $(PEERS)
 

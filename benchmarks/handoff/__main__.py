@@ -79,7 +79,7 @@ def perform(options: Options, places: Places) -> int:
     stage = Stage(places, environment(places), console)
     try:
         check_room(places.work, options)
-        stage.say(f"· making models of {options.total_bytes / 1e9:.1f} GB")
+        stage.say(f"making models of {options.total_bytes / 1e9:.1f} GB")
         aims = measure(make(options, stage))
     except DemoError as error:
         console.print(f"error: {error}", style="red", markup=False)
@@ -106,30 +106,31 @@ def measure(course: Course) -> list[Aim]:
     stage, options, console = course.stage, course.options, course.stage.console
     console.print(conditions(options), soft_wrap=True)
     with stage.daemon():
-        stage.say("· fetching them")
+        stage.say("fetching them")
         trees = {model.name: stage.fetch(model.ref) for model in course.models}
         shutil.rmtree(stage.places.work / "origin")
         races = [Race(stage, model, trees[model.name]) for model in course.compared]
         for race in races:
-            stage.say(f"· {race.model.name}: cold")
+            stage.say(f"{race.model.name}: cold")
             race.tensorize()
             race.rounds(chosen(race, cold=True), options.warm_up, options.runs)
     aims = load_aims(course, trees)
     with stage.daemon("--with-preloader") as daemon:
         for race in races:
-            stage.say(f"· {race.model.name}: warm")
+            stage.say(f"{race.model.name}: warm")
+            stage.stand(race.model.ref)
             race.rounds(chosen(race, cold=False), options.warm_up, options.runs)
             console.print(compare.table_of(race))
             console.print(compare.missing_text(race), markup=False, soft_wrap=True)
             race.tensorized.unlink(missing_ok=True)
         console.print(compare.imports_text(races), soft_wrap=True)
-        stage.say("· more tensors, more bytes")
+        stage.say("more tensors, more bytes")
         grown = scaling.grow(stage, course.grown, options.warm_up, options.runs)
         console.print(scaling.growth_table(course.grown, grown))
-        stage.say("· replicas at once")
+        stage.say("replicas at once")
         crowded = [(model, str(trees[model.name])) for model in course.crowded]
         console.print(scaling.crowds(stage, crowded, options.crowds, 3))
-        stage.say("· round trips")
+        stage.say("round trips")
         trial = round_trips.Trial(stage, daemon, course.compared[0], options.seconds, options.calibrate_bytes)
         trips = trial.measure()
         console.print(round_trips.table_of(trips))
@@ -149,7 +150,7 @@ def load_aims(course: Course, trees: dict[str, Path]) -> list[Aim]:
     model = min(course.compared, key=lambda model: abs(model.size_bytes - 10**9))
     tree = trees[model.name]
     files = [path.resolve() for path in sorted(tree.glob("*.safetensors"))]
-    stage.say(f"· loading {model.name} into host memory")
+    stage.say(f"loading {model.name} into host memory")
     with stage.preloader() as process:
         empty = loading.costs(process)
         found = loading.rates(stage, f"sha256:{tree.name}", files, course.options.runs)
@@ -212,7 +213,7 @@ def options_of(argv: Sequence[str]) -> tuple[Options, Path]:
         prog="python -m benchmarks.handoff", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--gb", type=float, default=default_gb(), help="the largest model (%(default)g)")
-    parser.add_argument("--runs", type=int, default=7, help="counted runs of each (7)")
+    parser.add_argument("--runs", type=int, default=5, help="counted runs of each (5)")
     parser.add_argument("--quick", action="store_true", help="small models and few runs: whether it works")
     parser.add_argument("--dir", type=Path, default=ROOT / ".demo", help="on a real disk (.demo here)")
     parser.add_argument("--json", type=Path, help="write every run of the comparison there")

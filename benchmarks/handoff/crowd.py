@@ -17,6 +17,8 @@ from benchmarks.handoff.replica import KINDS, Load, Task
 
 RECORD_BYTES = 64
 """Written at once, so that nobody's record breaks another's."""
+SETTLE_S = 0.05
+"""From the last one's word to its wait."""
 
 
 def crowd(load: Load, count: int) -> list[float]:
@@ -26,7 +28,10 @@ def crowd(load: Load, count: int) -> list[float]:
     pids = [fork(load, gate, opener, teller) for _ in range(count)]
     os.close(gate)
     os.close(teller)
-    time.sleep(0.5 + 0.01 * count)  # until all of them wait
+    there = b""
+    while len(there) < count and (said := os.read(results, count)):
+        there += said
+    time.sleep(SETTLE_S)
     began = time.monotonic()
     os.close(opener)
     with os.fdopen(results, "rb") as file:
@@ -49,6 +54,7 @@ def fork(load: Load, gate: int, opener: int, teller: int) -> int:
 def be_replica(load: Load, gate: int, teller: int) -> NoReturn:
     code = 1
     try:
+        os.write(teller, b".")
         os.read(gate, 1)  # nothing is ever written: it ends when the gate opens
         state, _ = load()
         record = f"{time.monotonic():.6f}\n".encode()

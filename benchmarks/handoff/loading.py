@@ -42,6 +42,9 @@ _LIBC = ctypes.CDLL(None)
 _LIBC.memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
+Work = Callable[[int, int, int, mmap.mmap], None]
+"""(descriptor, offset, the file's size, buffer)."""
+
 # --- in a process of its own ------------------------------------------------------------------
 
 
@@ -59,10 +62,13 @@ async def measure(run_dir: Path, artifact: ArtifactId, rounds: int, files: list[
             give_up(files)
             note(f"disk {window}", read_all(files, window, os.O_DIRECT))
         give_up(files)
+        note("buffered", read_all(files, WINDOWS[-1], 0))
+        note("fresh", fresh(size_bytes))
+        give_up(files)
         note("cold", await load(standby, artifact))
         await standby.release(artifact)
         bring_in(files)
-        note("memcpy", read_all(files, WINDOWS[0], 0))
+        note("memcpy", copy_all(files, WINDOWS[0]))
         note("warm", await load(standby, artifact))
         await standby.release(artifact)
     await load(standby, artifact)
@@ -77,20 +83,51 @@ async def load(standby: Standby, artifact: ArtifactId) -> float:
 
 
 def read_all(files: Sequence[Path], window: int, flags: int) -> float:
-    """Seconds to have every byte in one of a few buffers, used again and again: from the disk with
-    O_DIRECT, else a copy out of mapped pages."""
+    """Seconds to have every byte in one of a few buffers, used again and again; with O_DIRECT past the page
+    cache."""
     opened = [(os.open(file, os.O_RDONLY | flags), file.stat().st_size) for file in files]
-    pieces = iter([(fd, at, size) for fd, size in opened for at in range(0, size, window)])
-    buffers = [reused(window) for _ in range(THREADS)]
-    mapped = {} if flags else {fd: populated(fd, size) for fd, size in opened}
-    with ThreadPoolExecutor(THREADS) as pool:
-        began = time.monotonic()
-        copy = copied(mapped) if mapped else read_piece
-        list(pool.map(lambda buffer: one_thread(pieces, buffer, copy), buffers))
-        took_s = time.monotonic() - began
+    took_s = in_threads(
+        [(fd, at, size) for fd, size in opened for at in range(0, size, window)], window, read_piece
+    )
     for fd, _ in opened:
         os.close(fd)
     return took_s
+
+
+def copy_all(files: Sequence[Path], window: int) -> float:
+    """Seconds to copy every byte out of mapped pages, without a fault: those are the loads' cost."""
+    opened = [(os.open(file, os.O_RDONLY), file.stat().st_size) for file in files]
+    mapped = {fd: populated(fd, size) for fd, size in opened}
+    pieces = [(fd, at, size) for fd, size in opened for at in range(0, size, window)]
+    took_s = in_threads(pieces, window, copied(mapped))
+    for fd, _ in opened:
+        os.close(fd)
+    return took_s
+
+
+def fresh(size_bytes: int) -> float:
+    """Seconds to get as many pages as the page cache needs, with no disk at all."""
+    fd, window = os.memfd_create("fresh"), WINDOWS[-1]
+    os.ftruncate(fd, size_bytes)
+    pieces = [(fd, at, size_bytes) for at in range(0, size_bytes, window)]
+    took_s = in_threads(pieces, 1, lambda fd, at, size, _: os.posix_fallocate(fd, at, min(window, size - at)))
+    os.close(fd)
+    return took_s
+
+
+def in_threads(pieces: Sequence[tuple[int, int, int]], window: int, work: Work) -> float:
+    """The seconds that all pieces take, each done by the next free thread."""
+    todo = iter(pieces)  # a list's iterator: one step of it is one step for all threads
+    buffers = [reused(window) for _ in range(THREADS)]
+
+    def one_thread(buffer: mmap.mmap) -> None:
+        for piece in todo:
+            work(*piece, buffer)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        began = time.monotonic()
+        list(pool.map(one_thread, buffers))
+        return time.monotonic() - began
 
 
 def populated(fd: int, size: int) -> mmap.mmap:
@@ -99,15 +136,6 @@ def populated(fd: int, size: int) -> mmap.mmap:
     pages = mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
     pages.madvise(MADV_POPULATE_READ)
     return pages
-
-
-Copy = Callable[[int, int, int, mmap.mmap], None]
-"""(descriptor, offset, the file's size, buffer)."""
-
-
-def one_thread(pieces: Iterator[tuple[int, int, int]], buffer: mmap.mmap, copy: Copy) -> None:
-    for fd, at, size in pieces:  # a list's iterator: one step of it is one step for all threads
-        copy(fd, at, size, buffer)
 
 
 def read_piece(fd: int, at: int, size: int, buffer: mmap.mmap) -> None:
@@ -119,7 +147,7 @@ def read_piece(fd: int, at: int, size: int, buffer: mmap.mmap) -> None:
         at += count
 
 
-def copied(mapped: dict[int, mmap.mmap]) -> Copy:
+def copied(mapped: dict[int, mmap.mmap]) -> Work:
     """The C library's, which lets other threads run meanwhile."""
     addresses = {fd: ctypes.addressof(ctypes.c_char.from_buffer(pages)) for fd, pages in mapped.items()}
 
@@ -147,6 +175,8 @@ class Rates:
 
     disk: float
     window: int
+    buffered: float
+    fresh: float
     cold: float
     warm: float
     memcpy: float
@@ -157,11 +187,15 @@ def rates(stage: Stage, artifact: str, files: Sequence[Path], rounds: int) -> Ra
     found = json.loads(stage.python("benchmarks.handoff.loading", *argv))["rates"]
     disk = {window: median(found[f"disk {window}"]) for window in WINDOWS}
     best = max(WINDOWS, key=lambda window: disk[window])
-    return Rates(disk[best], best, *(median(found[name]) for name in ("cold", "warm", "memcpy")))
+    others = ("buffered", "fresh", "cold", "warm", "memcpy")
+    return Rates(disk[best], best, *(median(found[name]) for name in others))
 
 
 def aims_of(found: Rates) -> Iterator[Aim]:
     yield Aim("load from disk to host, to O_DIRECT into reused memory", found.cold / found.disk, OF_DISK)
+    yield Aim(
+        "load from disk to host, to a read through the page cache", found.cold / found.buffered, OF_DISK
+    )
 
 
 def table_of(model: Model, found: Rates) -> Table:
@@ -171,6 +205,8 @@ def table_of(model: Model, found: Rates) -> Table:
     table.add_row(
         f"disk, O_DIRECT into reused memory ({found.window // 2**20} MiB reads)", f"{found.disk:.2f}"
     )
+    table.add_row("disk, through the page cache into reused memory", f"{found.buffered:.2f}")
+    table.add_row("as many fresh pages, without a disk", f"{found.fresh:.2f}")
     table.add_row("a standby's load, nothing in the page cache", f"{found.cold:.2f}")
     table.add_row("a standby's load, all in the page cache", f"{found.warm:.2f}")
     table.add_row("memcpy out of those pages", f"{found.memcpy:.2f}")

@@ -111,6 +111,21 @@ def prepare_serializer(task: Task) -> Load:
     return load
 
 
+def prepare_bare(task: Task) -> Load:
+    """Not a contestant: what a process's first call costs, whatever it asks."""
+    import grpc
+
+    from cached.v1 import model_cache_pb2 as pb
+    from cached.v1.model_cache_pb2_grpc import ModelCacheStub
+
+    def load() -> tuple[State, float]:
+        with grpc.insecure_channel(f"unix:{task.path}/replicas/cached.sock") as channel:
+            ModelCacheStub(channel).Ready(pb.ReadyRequest(lease_id="nobody's"))
+        return {}, 0.0
+
+    return load
+
+
 KINDS: dict[str, Callable[[Task], Load]] = {
     "ours-host": prepare_ours,
     "ours-disk": prepare_ours,
@@ -119,6 +134,7 @@ KINDS: dict[str, Callable[[Task], Load]] = {
     "fastsafetensors": prepare_fastsafetensors,
     "tensorizer": prepare_tensorizer,
     "serializer": prepare_serializer,
+    "bare": prepare_bare,
 }
 
 

@@ -21,6 +21,7 @@ TENSOR_US = 15.0
 BASE_MS = 10.0
 BYTES_RATIO = 1.25
 """Exchanges of as many tensors in more bytes: what is above 1 is to be noise."""
+BARE = "a bare first call"
 STEPS = {"exchange": "exchange", "complete": "complete state dict"}
 
 Runs = Mapping[str, Sequence[Replica]]
@@ -28,13 +29,17 @@ Runs = Mapping[str, Sequence[Replica]]
 
 
 def grow(stage: Stage, models: Sequence[Model], warm_up: int, count: int) -> Runs:
-    """``count`` fresh processes for each, in turn, after those that load it into the standby."""
-    runs: dict[str, list[Replica]] = {model.name: [] for model in models}
+    """``count`` fresh processes for each, and as many that make one bare call, in turn."""
+    for model in models:
+        stage.stand(model.ref)
+    tasks = {model.name: Task("ours-host", model.ref, "", touch=False) for model in models}
+    tasks[BARE] = Task("bare", "", str(stage.run_dir), touch=False)
+    runs: dict[str, list[Replica]] = {name: [] for name in tasks}
     for number in range(warm_up + count):
-        for model in models:
-            done = stage.replica(Task("ours-host", model.ref, "", touch=False), {}, ask_sum=False)
+        for name, task in tasks.items():
+            done = stage.replica(task, {}, ask_sum=False)
             if number >= warm_up:
-                runs[model.name].append(done)
+                runs[name].append(done)
     return runs
 
 
@@ -59,6 +64,7 @@ def growth_table(models: Sequence[Model], runs: Runs) -> Table:
     for model in models:
         took = [f"{step_ms(runs[model.name], step):.1f}" for step in STEPS]
         table.add_row(model.name, f"{model.tensors:,}", f"{model.size_bytes / 1e6:.0f}", *took)
+    table.add_row(BARE, "", "", f"{step_ms(runs[BARE], 'complete'):.1f}", "")
     return table
 
 
@@ -73,6 +79,7 @@ def crowds(stage: Stage, models: Sequence[tuple[Model, str]], sizes: Sequence[in
     for heading in ("by", "at once", "p50", "p99"):
         table.add_column(heading, justify="right")
     for model, tree in models:
+        stage.stand(model.ref)
         for kind in ("ours-host", "safetensors"):
             for size in sizes:
                 took = crowd(stage, Task(kind, model.ref, tree, touch=False), size, times)
