@@ -36,12 +36,16 @@ class Desk:
             await asyncio.sleep(60)
         if token == "bug":
             raise ZeroDivisionError("a bug")
-        if token != "good":
+        if not token.startswith("good"):
             raise permanent(ErrorKind.NOT_FOUND, "BAD_TOKEN", "no such token", "acquire again")
         # A pipe stands for the lease: its other end sees when the last copy is closed.
         watch, lease = os.pipe()
         self.leases.append((watch, lease))
-        return Package({"lease_id": "l1", "attested": True}, lambda: self.index, lease, self.blob_fds)
+        index = self.unreadable if token == "good for a while" else lambda: self.index
+        return Package({"lease_id": "l1", "attested": True}, index, lease, self.blob_fds)
+
+    def unreadable(self) -> bytes:
+        raise permanent(ErrorKind.NOT_FOUND, "NO_ARTIFACT", "it is gone", "prefetch it")
 
     def all_leases_ended(self) -> bool:
         """Whether nobody has a lease's descriptor any more. To be asked once."""
@@ -157,6 +161,14 @@ async def test_a_refusal_is_told_in_the_words_of_redeem(path: Path) -> None:
         "hint": "acquire again",
         "retry_after_s": None,
     }
+
+
+async def test_an_index_that_is_gone_is_told_and_costs_no_lease(path: Path) -> None:
+    desk = Desk()
+    async with serving(path, desk):
+        header, received = await asyncio.to_thread(ask, path, "good for a while")
+    assert header["error"]["reason"] == "NO_ARTIFACT" and received == []
+    assert desk.all_leases_ended()
 
 
 async def test_a_bug_in_redeem_is_told_and_reported(path: Path) -> None:

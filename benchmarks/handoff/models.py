@@ -184,7 +184,7 @@ def give_up(paths: Iterable[Path]) -> None:
         finally:
             os.close(fd)
         if share > MAY_STAY:
-            raise DemoError(f"{share:.0%} of {path} stay in the page cache: somebody has it mapped")
+            raise DemoError(f"{share:.0%} of {path} stay in memory: it is mapped, or on no disk")
 
 
 def cached_share(fd: int) -> float:
