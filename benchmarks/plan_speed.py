@@ -207,7 +207,7 @@ def standby_tells(node: Node, round_: int) -> Callable[[], object]:
     return run
 
 
-CASES = (idle_tick, warm_acquire, cold_resolve, standby_tells, eviction)
+CASES = (idle_tick, warm_acquire, acquire_on_gpu, gpu_tells, cold_resolve, standby_tells, eviction)
 
 
 def median_ms(node: Node, case: Callable[[Node, int], Callable[[], object]], rounds: int) -> float:
