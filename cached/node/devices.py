@@ -33,8 +33,8 @@ def one_gpu(state: State, device: Device) -> Device:
     return device
 
 
-def no_pool(device: Device) -> Device:
-    """One device, and not any of several. Raises CachedError (INVALID)."""
+def one_device(state: State, device: Device) -> Device:
+    """One device, and not any of several. Raises CachedError (NO_SUCH_DEVICE, BAD_DEVICE)."""
     if device in (ANY_GPU, EVERY_GPU):
         raise permanent(
             ErrorKind.INVALID,
@@ -42,7 +42,7 @@ def no_pool(device: Device) -> Device:
             f"{device} is no single device; only pins go to several",
             "name one: disk, host or cuda:<uuid>",
         )
-    return device
+    return meant(state, device)
 
 
 def gpus(state: State) -> dict[Device, Gpu]:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from cached.model import (
 from cached.node.capacity import Capacity
 from cached.node.claimed import ClaimedGpus
 from cached.node.core import Core
-from cached.node.devices import meant, no_pool, one_gpu
+from cached.node.devices import meant, one_device, one_gpu
 from cached.node.disk import Disk
 from cached.node.effects import Effects, refresh_claim
 from cached.node.grants import Granted, Grants, check_ttl
@@ -50,7 +50,7 @@ from cached.node.pressure import Pressure, own_group
 from cached.node.scrub import Scrubber
 from cached.node.standbys import Standbys
 from cached.node.views import ModelView, PlaceView, Views, waiting_for
-from cached.plan import State, access_problem, evict_problem
+from cached.plan import STANDBY_WAIT_S, State, access_problem, evict_problem
 from cached.plan import types as t
 from cached.store import Scan, Store
 
@@ -235,9 +235,9 @@ class Node:
         if ttl_s is not None:
             check_ttl(ttl_s)
         if room is not None:
-            room = replace(room, device=one_gpu(self._core.state, room.device))
-        claim = self._new_claim(ClaimKind.LEASE, ref, self._one(device), fresh, holder)
-        claim = replace(claim, prefers=tuple(map(self._one, prefers)), room=room)
+            room = replace(room, device=await self._meant(one_gpu, room.device))
+        claim = self._new_claim(ClaimKind.LEASE, ref, await self._meant(one_device, device), fresh, holder)
+        claim = replace(claim, prefers=tuple(self._known(prefers)), room=room)
         began, warm = time.monotonic(), any(self._is_warm(ref, d) for d in (claim.device, *claim.prefers))
         granted = False
         try:
@@ -254,8 +254,25 @@ class Node:
             if not granted or not keep:
                 self._core.end(claim.id)
 
-    def _one(self, device: Device) -> Device:
-        return no_pool(meant(self._core.state, device))
+    async def _meant(self, means: Callable[[State, Device], Device], device: Device) -> Device:
+        """What a device's name means. A daemon that has just begun is given the time to find its GPUs."""
+        while True:
+            try:
+                return means(self._core.state, device)
+            except CachedError as error:
+                young = self.uptime_s < STANDBY_WAIT_S and error.problem.kind is ErrorKind.NOT_FOUND
+                if not young:
+                    raise
+            await asyncio.sleep(PROGRESS_EVERY_S)
+
+    def _known(self, devices: tuple[Device, ...]) -> Iterator[Device]:
+        """Each as it is named here; of what is only preferred, a number that nothing has yet is left out."""
+        for device in devices:
+            try:
+                yield one_device(self._core.state, device)
+            except CachedError as error:
+                if error.problem.kind is not ErrorKind.NOT_FOUND:
+                    raise
 
     def _is_warm(self, ref: Ref, device: Device) -> bool:
         note = self._core.state.notes.get(ref)
@@ -323,7 +340,7 @@ class Node:
     ) -> AsyncGenerator[Progress | ModelView]:
         """Keep there until unpinned. What is here already is kept from this moment; the origin is asked
         beside that for what is newer."""
-        device = meant(self._core.state, device)
+        device = await self._meant(meant, device)
         await self._pins.make(pin_of(ref, device, copies, priority, unclaimed))
         async with contextlib.aclosing(self._once_kept(ref, device, wait)) as steps:
             async for step in steps:
@@ -333,7 +350,7 @@ class Node:
         self, out: Ref, ref: Ref, device: Device, wait: bool
     ) -> AsyncGenerator[Progress | ModelView]:
         """Pin ``ref`` on a device and unpin ``out`` there, as one plan."""
-        device = self._one(device)
+        device = await self._meant(one_device, device)
         await self._pins.swap(out, pin_of(ref, device))
         async with contextlib.aclosing(self._once_kept(ref, device, wait)) as steps:
             async for step in steps:

@@ -8,8 +8,10 @@ from cached.plan.apply import apply
 from cached.plan.decide import access_problem, evict_problem, is_read_soon, plan
 from cached.plan.gpus import swap_problem
 from cached.plan.state import Place, State, is_gpu
+from cached.plan.words import STANDBY_WAIT_S
 
 __all__ = [
+    "STANDBY_WAIT_S",
     "Place",
     "State",
     "access_problem",
