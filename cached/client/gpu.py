@@ -36,7 +36,8 @@ class Shared:
         """Maps and closes ``fds``: layout and blocks. Raises CachedError, IMPORT_FAILED where CUDA fails."""
         layout_fd, *block_fds = fds
         try:
-            blocks, images = _layout(layout_fd, index)
+            with handoff.without_gc():
+                blocks, images = _layout(layout_fd, index)
             if len(blocks) != len(block_fds) or not blocks:
                 raise handoff.foreign(f"{len(block_fds)} blocks came for {len(blocks)}")
             self._window = Window(gpu, sum(blocks))
@@ -65,7 +66,7 @@ class Shared:
         if not place.size_bytes:
             return torch.empty(shape, dtype=dtype, device=self._device)
         address = self._shifts[place.name] + place.offset_bytes
-        return _wrap(self._window, address, place.size_bytes, dtype, self._device).view(shape)
+        return _wrap(self._window, address, place.size_bytes, dtype, shape, self._device)
 
     def tensors(self, places: Sequence[Place], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
         return [self.tensor(place, dtype) for place, dtype in zip(places, dtypes, strict=True)]
@@ -153,9 +154,14 @@ def _give_back(gpu: Gpu, held: _Held, pid: int) -> None:
 
 
 def _wrap(
-    window: Window, address: int, size_bytes: int, dtype: torch.dtype, device: torch.device
+    window: Window,
+    address: int,
+    size_bytes: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    device: torch.device,
 ) -> torch.Tensor:
-    """One dimension of ``dtype`` at an address of the window, which lives as long as the memory is in use.
+    """A tensor at an address of the window, which lives as long as the memory is in use.
 
     A storage has one Python object for all of its life, however few names that has: torch keeps it with the
     storage itself, and so what hangs on it. That holds for views, ``detach``, ``Parameter``, and autograd.
@@ -163,11 +169,18 @@ def _wrap(
     import torch
 
     if not hasattr(torch._C, "_construct_storage_from_data_pointer"):
-        return torch.as_tensor(_Foreign(window, address, size_bytes), device=device).view(dtype)
+        return torch.as_tensor(_Foreign(window, address, size_bytes), device=device).view(dtype).view(shape)
     storage = torch._C._construct_storage_from_data_pointer(address, device, size_bytes)
     setattr(storage, "cached_window", window)  # noqa: B010 - mypy knows no such attribute
-    elements = (size_bytes // dtype.itemsize,)
-    return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, elements, (1,))
+    return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape, _strides(shape))
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """In elements, of a tensor that lies together."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides[: len(shape)]))
 
 
 class _Foreign:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from cached.client.errors import CachedError
-from cached.client.handoff import Index, Place
+from cached.client.handoff import Index, Place, without_gc
 
 if TYPE_CHECKING:
     import torch
@@ -93,10 +93,9 @@ class Tensors(Mapping[str, "torch.Tensor"]):
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All of them; where they are streamed, several at a time. Raises CachedError like an access."""
         places = list(self._places.values())
-        made = self._memory.tensors(places, [dtype_of(place) for place in places])
-        if self._private is None:
-            return dict(zip(self._places, made, strict=True))
-        return {name: self._own(name, tensor) for name, tensor in zip(self._places, made, strict=True)}
+        with without_gc():
+            made = self._memory.tensors(places, [dtype_of(place) for place in places])
+            return {name: self._own(name, tensor) for name, tensor in zip(self._places, made, strict=True)}
 
     def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         """``tensor.narrow(dim, start, stop - start)``, for which no more is touched than it needs.
