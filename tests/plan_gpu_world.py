@@ -51,7 +51,7 @@ class GpuWorld(World):
         self.thrown_at: dict[tuple[Device, ArtifactId], float] = {}
         self.loads: Counter[tuple[Device, ArtifactId]] = Counter()
         self.prompt = False
-        super().__init__(keep_leftovers, rules)
+        super().__init__(keep_leftovers, rules, disk_bytes=1000)
 
     # --- what happens -----------------------------------------------------------------------
 

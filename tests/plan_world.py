@@ -106,10 +106,12 @@ Work = t.Resolve | t.Fetch | t.Load | t.Release | StoreWork
 class World:
     """The node. Methods are what can happen; ``tick`` plans, checks each action, and starts it."""
 
-    def __init__(self, keep_leftovers: bool = True, rules: t.Rules = RULES) -> None:
+    def __init__(
+        self, keep_leftovers: bool = True, rules: t.Rules = RULES, disk_bytes: int = DISK_BYTES
+    ) -> None:
         self.keep_leftovers = keep_leftovers
         self.rules = rules
-        self.capacity_bytes = DISK_BYTES
+        self.capacity_bytes = disk_bytes
         self.now = START
         self.made = 0
         self.version: Counter[Ref] = Counter()
@@ -217,7 +219,7 @@ class World:
             revision = ORIGIN[ref][0]
             artifact = artifact_of(revision, START - 100 + at)
             contents = {d for d, _ in artifact.blobs}
-            if sum(BYTES_OF[d] for d in self.blobs | contents) <= DISK_BYTES:
+            if sum(BYTES_OF[d] for d in self.blobs | contents) <= self.capacity_bytes:
                 self.blobs |= contents
                 self.manifests[artifact.id] = artifact
                 self.notes[ref] = note_of(revision, START - 100 + at)

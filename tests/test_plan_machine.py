@@ -22,7 +22,7 @@ often = st.sampled_from([True, True, True, False])
 outcomes = st.sampled_from(["ok", "ok", "ok", "temporary", "permanent"])
 
 
-class Node(RuleBasedStateMachine):
+class Machine(RuleBasedStateMachine):
     """Rules are what can happen to a node. Usually a tick follows each; after ``pause``, only in the end."""
 
     make_world: type[World] = World
@@ -37,6 +37,56 @@ class Node(RuleBasedStateMachine):
         self.world.check()
         if not self.paused:
             self.world.tick()
+
+    @rule(events=st.integers(2, 4))
+    def pause(self, events: int) -> None:
+        """The next few events come within one tick."""
+        self.paused = events
+
+    @precondition(lambda self: self.world.state.claims)
+    @rule(index=indices)
+    def end_claim(self, index: int) -> None:
+        claims = list(self.world.state.claims)
+        self.world.happen(t.ClaimEnded(claims[index % len(claims)]))
+        self.then()
+
+    @precondition(lambda self: self.world.works)
+    @rule(index=indices, outcome=outcomes)
+    def finish(self, index: int, outcome: str) -> None:
+        self.world.finish(index, outcome)
+        self.then()
+
+    @precondition(lambda self: self.world.works)
+    @rule()
+    def finish_all(self) -> None:
+        for _ in range(40):
+            if not self.world.works:
+                break
+            self.world.finish(0, "ok")
+            self.world.tick()
+        self.then()
+
+    @rule(seconds=st.sampled_from([0.01, 1.0, 16.0, 60.0, 301.0, 1200.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.world.tick()
+        self.world.now += seconds
+        self.then()
+
+    @rule(connected=often)
+    def restart(self, connected: bool) -> None:
+        self.world.restart()
+        if connected:
+            self.world.connect()
+        self.then()
+
+    def teardown(self) -> None:
+        self.world.tick()
+        self.world.calm_down()
+        self.world.check_met()
+
+
+class Node(Machine):
+    """A node whose disk and host memory are short."""
 
     @initialize(
         keep_leftovers=st.booleans(),
@@ -58,11 +108,6 @@ class Node(RuleBasedStateMachine):
             self.world.claim(ClaimKind.LEASE, ref, HOST)
         self.finish_all()
 
-    @rule(events=st.integers(2, 4))
-    def pause(self, events: int) -> None:
-        """The next few events come within one tick."""
-        self.paused = events
-
     # --- claims -----------------------------------------------------------------------------
 
     @rule(
@@ -77,13 +122,6 @@ class Node(RuleBasedStateMachine):
         self.world.claim(kind, ref, device, fresh, ttl_s)
         self.then()
 
-    @precondition(lambda self: self.world.state.claims)
-    @rule(index=indices)
-    def end_claim(self, index: int) -> None:
-        claims = list(self.world.state.claims)
-        self.world.happen(t.ClaimEnded(claims[index % len(claims)]))
-        self.then()
-
     @precondition(lambda self: self.world.state.timed)
     @rule(index=indices)
     def renew(self, index: int) -> None:
@@ -92,22 +130,6 @@ class Node(RuleBasedStateMachine):
         self.then()
 
     # --- works ------------------------------------------------------------------------------
-
-    @precondition(lambda self: self.world.works)
-    @rule(index=indices, outcome=outcomes)
-    def finish(self, index: int, outcome: str) -> None:
-        self.world.finish(index, outcome)
-        self.then()
-
-    @precondition(lambda self: self.world.works)
-    @rule()
-    def finish_all(self) -> None:
-        for _ in range(40):
-            if not self.world.works:
-                break
-            self.world.finish(0, "ok")
-            self.world.tick()
-        self.then()
 
     @rule(ref=st.sampled_from([ref for ref, versions in ORIGIN.items() if len(versions) > 1]))
     def origin_changes(self, ref: Ref) -> None:
@@ -158,30 +180,20 @@ class Node(RuleBasedStateMachine):
         self.world.happen(t.Used(artifacts[index % len(artifacts)]))
         self.then()
 
-    @rule(seconds=st.sampled_from([0.01, 1.0, 16.0, 60.0, 301.0, 1200.0]))
-    def pass_time(self, seconds: float) -> None:
-        self.world.tick()
-        self.world.now += seconds
-        self.then()
 
-    @rule(connected=often)
-    def restart(self, connected: bool) -> None:
-        self.world.restart()
-        if connected:
-            self.world.connect()
-        self.then()
-
-    def teardown(self) -> None:
-        self.world.tick()
-        self.world.calm_down()
-        self.world.check_met()
-
-
-class GpuNode(Node):
-    """A node with GPUs: what else can happen there."""
+class GpuNode(Machine):
+    """A node with GPUs, whose disk has room."""
 
     make_world = GpuWorld
     world: GpuWorld
+
+    @initialize(pins=st.lists(st.tuples(st.sampled_from(REFS), st.sampled_from([X, Y, ANY_GPU])), max_size=3))
+    def begin(self, pins: list[tuple[Ref, Device]]) -> None:
+        self.world.furnish(REFS)
+        self.world.connect()
+        for ref, device in pins:
+            self.world.claim(ClaimKind.PIN, ref, device, unclaimed=True)
+        self.finish_all()
 
     @rule(
         kind=st.sampled_from(

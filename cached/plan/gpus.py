@@ -318,10 +318,10 @@ class Gpus:
         if not pins:
             self._refuse_waiters(claims, not_pinned_problem(spot[0]))
             return True
-        if residency is None:
-            return False
         if place.unfit_reason:
             self._refuse_waiters(claims, unfit_problem(spot[0], place))
+        if residency is None:
+            return False
         if residency.problem is None:
             return True
         again = self.tick.tell(claims, residency)
