@@ -113,6 +113,8 @@ class NodeKit:
         # Sockets' names are short; a test's temporary directory may not be.
         self.run_dir = Path(tempfile.mkdtemp(prefix="cached-e2e-"))
         self.http_port = free_port()
+        self.base: Mapping[str, str] = os.environ
+        """What every process of this node has in its environment."""
         self.daemon: subprocess.Popen[bytes] | None = None
         self.preloader: subprocess.Popen[bytes] | None = None
         self._others: list[subprocess.Popen[Any]] = []
@@ -132,7 +134,7 @@ class NodeKit:
         if with_preloader:
             command.append("--with-preloader")
         log = (self.root / "daemon.log").open("ab")
-        calm = {**(os.environ if env is None else env), "CACHED_CONFIG": str(self._calm())}
+        calm = {**(self.base if env is None else env), "CACHED_CONFIG": str(self._calm())}
         self.daemon = subprocess.Popen(command, stderr=log, stdout=log, stdin=subprocess.DEVNULL, env=calm)
         log.close()
         if wait:
@@ -162,12 +164,25 @@ class NodeKit:
         command = [str(BIN / "preloader"), "serve", "--run-dir", str(self.run_dir)]
         command += ["--data-dir", str(self.data_dir), *arguments]
         with (self.root / "preloader.log").open("ab") as log:
-            self.preloader = subprocess.Popen(command, stderr=log, stdout=log, stdin=subprocess.DEVNULL)
+            self.preloader = subprocess.Popen(
+                command, stderr=log, stdout=log, stdin=subprocess.DEVNULL, env=self.base
+            )
 
     def kill_daemon(self) -> None:
         assert self.daemon is not None
         self.daemon.kill()
         self.daemon.wait()
+
+    def kill_preloader(self) -> None:
+        assert self.preloader is not None
+        self.preloader.kill()
+        self.preloader.wait()
+
+    def stop_preloader(self) -> int:
+        """SIGTERM; returns the exit code."""
+        assert self.preloader is not None
+        self.preloader.terminate()
+        return self.preloader.wait(20)
 
     def stop_daemon(self) -> int:
         """SIGTERM, as an orchestrator does; returns the exit code."""
@@ -246,7 +261,7 @@ class NodeKit:
         return next((row for row in self.rows() if row["ref"] == ref), {})
 
     def env(self) -> dict[str, str]:
-        return {**os.environ, "CACHED_RUN_DIR": str(self.run_dir), "NO_COLOR": "1", "COLUMNS": "100"}
+        return {**self.base, "CACHED_RUN_DIR": str(self.run_dir), "NO_COLOR": "1", "COLUMNS": "100"}
 
     def prefetch(self, ref: str, timeout_s: float = WAIT_S) -> CachedError | None:
         """Fetch and wait, at less cost than a command: what refused it, None if it came."""
