@@ -541,6 +541,14 @@ def test_a_pin_on_every_gpu_says_where_it_cannot_be() -> None:
     assert not bench.state.members
 
 
+def test_a_pool_may_stand_where_another_pin_of_the_same_may_not() -> None:
+    bench = bench_with(A)
+    pin(bench, A, unclaimed=False)
+    assert only(bench.tick(), t.CannotLoad)
+    pool = pin(bench, A, ANY_GPU)
+    assert bench.tick() == [t.Place(pool, X), t.Load(X, ID[A.ref])]
+
+
 @pytest.mark.parametrize("device", [ANY_GPU, EVERY_GPU])
 def test_a_pool_without_a_gpu_says_so_and_is_placed_when_one_comes(device: Device) -> None:
     bench = Bench(rules=RULES)

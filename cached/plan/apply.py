@@ -674,6 +674,9 @@ def _placed(state: State, pool: ClaimId, device: Device) -> None:
     state.members[member.id] = pool
     state.file(member)
     assert claim.artifact is not None
+    refused = state.residencies.get((device, claim.artifact))
+    if refused is not None and refused.step is t.ResidentStep.REFUSED:
+        _retry_load(state, device, claim.artifact)
     state.residencies.pop((claim.device, claim.artifact), None)
 
 

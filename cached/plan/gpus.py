@@ -38,6 +38,7 @@ from cached.plan.ledger import Ledger
 from cached.plan.state import Place, Spot, State, is_gpu, is_moving, is_standing, member_id
 from cached.plan.tick import Tick
 from cached.plan.words import (
+    OF_OWNERS,
     ROOM_RETRY_S,
     STANDBY_WAIT_S,
     claim_words,
@@ -320,7 +321,7 @@ class Gpus:
             return True
         if place.unfit_reason:
             self._refuse_waiters(claims, unfit_problem(spot[0], place))
-        if residency is None:
+        if residency is None or (spot in self.placed and residency.step is t.ResidentStep.REFUSED):
             return False
         if residency.problem is None:
             return True
@@ -465,7 +466,11 @@ class Gpus:
         residency = self.state.residencies.get(spot)
         if residency is not None and residency.step in (t.ResidentStep.RESIDENT, t.ResidentStep.LOADING):
             return spot not in self.tick.released
-        if residency is not None or self._pause_over_at(device, [pool]) > self.now:
+        # Who may stand there was refused to another pin, and is not to this one.
+        told = residency.problem.reason if residency is not None and residency.problem is not None else ""
+        if (residency is not None and told not in OF_OWNERS) or self._pause_over_at(
+            device, [pool]
+        ) > self.now:
             return False
         leaving = self._may_leave(device, pool.priority)
         queued = self._queued(device, pool.priority, artifact)

@@ -11,6 +11,8 @@ from cached.plan.state import Place, State
 STANDBY_WAIT_S = 15.0
 """How long a lease waits for a device whose standby is not connected."""
 ROOM_RETRY_S = 30.0
+OF_OWNERS = ("UNCLAIMED_GPU", "CLAIMED_GPU")
+"""Reasons of a refusal that holds for one pin, and may not for another of the same content."""
 
 
 def gb(size_bytes: int) -> str:
