@@ -148,7 +148,7 @@ class Trial:
                 with self.fetching(kind, size_bytes, rate_mbit) as fetch:
                     busy[kind] = self.client(path, kind)
                     shares.append(float(fetch.poll() is None))
-        return Found(idle, busy, rate_mbit, median(shares))
+        return Found(idle, busy, rate_mbit, min(shares))
 
     @contextmanager
     def bare(self) -> Iterator[str]:
@@ -214,6 +214,8 @@ def aims_of(found: Found) -> Iterator[Aim]:
 
 def table_of(found: Found) -> Table:
     title = f"Round trips, ms; the prefetch's origin gives {found.rate_mbit:.0f} Mbit/s, one core's rate"
+    if found.beside < 1:
+        title += "; it was over BEFORE the clients were"
     table = Table("call", title=title)
     for heading in ("channel", "p50", "p99", "beside a prefetch: p50", "p99", "count"):
         table.add_column(heading, justify="right")
