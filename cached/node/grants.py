@@ -160,7 +160,14 @@ class Grants:
             raise _standby_lost(claim.device)
         lease_fd = self._leases.create(claim)
         self._core.post(t.Held(claim.id, claim.holder))
-        log.info("handed out", lease=claim.id, artifact=artifact, device=claim.device, uid=claim.holder.uid)
+        log.info(
+            "handed out",
+            lease=claim.id,
+            ref=claim.ref,
+            artifact=artifact,
+            device=claim.device,
+            uid=claim.holder.uid,
+        )
         index = partial(self._store.manifest_bytes, artifact)
         return Package(self._header(claim, artifact), index, lease_fd, blobs)
 

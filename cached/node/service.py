@@ -246,9 +246,12 @@ class Node:
                     yield progress
             self._metrics.acquired(warm)
             self._metrics.phase_took("total", time.monotonic() - began)
-            grant = await self._grants.grant(claim.id, self.model(ref), ttl_s, keep)
+            view = Views(self._core.state).unclaimed(ref)
+            grant = await self._grants.grant(claim.id, view, ttl_s, keep)
             granted = True
-            log.info("granted", lease=claim.id, ref=ref, artifact=grant.model.artifact, device=grant.device)
+            if not grant.token:  # else "handed out" follows
+                artifact = grant.model.artifact
+                log.info("granted", lease=claim.id, ref=ref, artifact=artifact, device=grant.device)
             yield grant
         finally:
             if not granted or not keep:

@@ -7,6 +7,7 @@ planner's state, changes nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from cached.model import (
     DISK,
@@ -77,17 +78,22 @@ class PlaceView:
 
 
 class Views:
-    """Rows over one state. Made anew for each reading, so that a row's indexes are built once."""
+    """Rows over one state. Made anew for each reading, so that an index is built once, where it is used."""
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._claims: dict[Ref, list[Claim]] = {}
-        for claim in state.claims.values():
-            if claim.id not in state.members:  # a pool's copies show by where they stand
-                self._claims.setdefault(claim.ref, []).append(claim)
-        self._transfers: dict[Ref, t.Transfer] = {}
-        for transfer in state.transfers.values():
-            self._transfers[transfer.revision.ref] = transfer
+
+    @cached_property
+    def _claims(self) -> dict[Ref, list[Claim]]:
+        claims: dict[Ref, list[Claim]] = {}
+        for claim in self._state.claims.values():
+            if claim.id not in self._state.members:  # a pool's copies show by where they stand
+                claims.setdefault(claim.ref, []).append(claim)
+        return claims
+
+    @cached_property
+    def _transfers(self) -> dict[Ref, t.Transfer]:
+        return {transfer.revision.ref: transfer for transfer in self._state.transfers.values()}
 
     def refs(self) -> list[Ref]:
         known = {*self._state.notes, *self._claims, *self._transfers, *self._state.withdrawn}
@@ -106,11 +112,14 @@ class Views:
         return self._row(ref) if any(ref in refs for refs in known) else None
 
     def _row(self, ref: Ref) -> ModelView:
+        return replace(self.unclaimed(ref), claims=tuple(self._claims.get(ref, ())))
+
+    def unclaimed(self, ref: Ref) -> ModelView:
+        """The ref's row without its claims, of which there may be many: what a grant shows."""
         note = self._state.notes.get(ref)
         proven = self._state.artifacts.get(note.artifact) if note else None
-        claims = tuple(self._claims.get(ref, ()))
         if note is None or proven is None:
-            return replace(self._missing(ref), claims=claims)
+            return self._missing(ref)
         return ModelView(
             ref,
             proven.step.value if proven.step is not t.DiskStep.QUARANTINING else "quarantined",
@@ -119,9 +128,8 @@ class Views:
             note.attested,
             proven.artifact.size_bytes,
             proven.artifact.last_used_at,
-            claims,
-            self._residencies(note.artifact),
-            self._residency_problem(note.artifact),
+            residencies=self._residencies(note.artifact),
+            problem=self._residency_problem(note.artifact),
         )
 
     def _missing(self, ref: Ref) -> ModelView:

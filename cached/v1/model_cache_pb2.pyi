@@ -243,7 +243,9 @@ class Grant(_message.Message):
     device: _builtins.str
     """Where it is granted from: device of the request, or one of prefers."""
     @_builtins.property
-    def model(self) -> Global___Model: ...
+    def model(self) -> Global___Model:
+        """Without its claims."""
+
     def __init__(
         self,
         *,
