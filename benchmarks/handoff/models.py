@@ -12,6 +12,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from benchmarks.demo.processes import DemoError
 ITEM_BYTES = 2
 SHARD_BYTES = 2 * 10**9
 PIECE_BYTES = 2**20
+WRITERS = min(8, os.cpu_count() or 1)
 MAY_STAY = 0.01
 """The share of a file that may still be in the page cache after it was given up."""
 EXPERT_COLUMNS = 64
@@ -117,7 +119,8 @@ def write_model(folder: Path, tensors: Sequence[Tensor]) -> Model:
     folder.mkdir(parents=True)
     shards = list(shards_of(tensors))
     names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
-    sums = {name: write_shard(folder / name, shard) for name, shard in zip(names, shards, strict=True)}
+    with ThreadPoolExecutor(WRITERS) as pool:
+        sums = dict(zip(names, pool.map(write_shard, [folder / name for name in names], shards), strict=True))
     where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor, _ in shard}
     index = {"metadata": {"total_size": bytes_of(tensors)}, "weight_map": where}
     texts = {

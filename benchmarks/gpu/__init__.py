@@ -1,0 +1,1 @@
+"""What the product does on a real GPU. Owns its processes; uses what replicas and operators have."""
