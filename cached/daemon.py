@@ -15,7 +15,6 @@ import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable
-from importlib.metadata import version
 from pathlib import Path
 
 import grpc
@@ -23,7 +22,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cached import config, log
+from cached import __version__, config, log
 from cached.api import ModelCache, Operator
 from cached.config import Settings
 from cached.durable import Fs, RealFs
@@ -71,7 +70,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cached", description=__doc__.split("\n\n")[0] if __doc__ else "")
-    parser.add_argument("--version", action="version", version=version("cached"))
+    parser.add_argument("--version", action="version", version=__version__)
     serve = parser.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser(
         "serve",
         help="run the node's daemon",
@@ -200,7 +199,7 @@ async def _replicas_server(node: Node) -> grpc.aio.Server:
 async def _operators_server(node: Node, settings: Settings) -> grpc.aio.Server:
     server = _server()
     model_cache_pb2_grpc.add_ModelCacheServicer_to_server(ModelCache(node, for_operators=True), server)
-    operator = Operator(node, version("cached"), settings.data_dir, settings.run_dir)
+    operator = Operator(node, __version__, settings.data_dir, settings.run_dir)
     operator_pb2_grpc.add_OperatorServicer_to_server(operator, server)
     await _add_common(server, [_MODEL_CACHE, _OPERATOR])
     return server
@@ -291,7 +290,7 @@ async def _serve(
         stack.callback(store.close)
         run_lock = fs.lock(sockets.run_dir / "lock")
         stack.callback(fs.unlock, run_lock)
-        metrics = Metrics(version("cached"))
+        metrics = Metrics(__version__)
         pool = FetchPool(settings.transfer, sources=settings.source)
         node = Node(settings, store, pool, metrics, fs, config_file=str(file or ""))
         stack.push_async_callback(node.close)
