@@ -37,7 +37,9 @@ Priority = Annotated[
 Unclaimed = Annotated[
     bool,
     typer.Option(
-        "--unclaimed", metavar="", help="On a GPU: also while the orchestrator has given it to nobody."
+        "--unclaimed",
+        metavar="",
+        help="On a GPU: also while it is given to nobody; needed where there is no orchestrator.",
     ),
 ]
 
@@ -104,7 +106,8 @@ def swap(
 
     Example: cachectl swap hf://org/old hf://org/new --on cuda:0 --wait
 
-    The one that leaves stays on disk, and in host memory where it stands there: the way back is as short.
+    It has the other's priority, and its --unclaimed. The one that leaves stays on disk, and in host memory
+    where it stands there: the way back is as short.
     """
     with options.connect(run_dir, address, timeout) as node, progress.shown() as shown:
         model = node.swap(out, ref, on, wait, shown.show)

@@ -84,8 +84,9 @@ def run(
 
     Example: cachectl run hf://org/name --on host --room 40GB -- vllm serve org/name
 
-    It finds MODEL_PATH, MODEL_ID, HF_HUB_OFFLINE, and HF_HUB_CACHE where the model has a name there. Signals
-    are passed on; its exit code is ours, 128+N where signal N ended it.
+    It finds MODEL_PATH, MODEL_ID, HF_HUB_OFFLINE, and HF_HUB_CACHE where the model has a name there.
+
+    Signals are passed on; its exit code is ours, 128+N where signal N ended it.
     """
     from cached.client import acquire  # late: nobody who asks for help waits for it
 
