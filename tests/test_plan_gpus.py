@@ -549,6 +549,24 @@ def test_a_pool_may_stand_where_another_pin_of_the_same_may_not() -> None:
     assert bench.tick() == [t.Place(pool, X), t.Load(X, ID[A.ref])]
 
 
+def test_what_cannot_be_loaded_takes_no_place_of_a_pool_in_the_same_plan() -> None:
+    bench = bench_with(D, G, A)
+    bench.gpu(Y, 100)
+    pin(bench, D)
+    pin(bench, G, Y)
+    bench.tick()
+    stand(bench, D, 60)
+    bench.tick()
+    bench.loaded(G, Y)
+    bench.gpu_has(Y, 30)
+    pin(bench, G)
+    pool = pin(bench, A, ANY_GPU)
+    actions = bench.tick()
+    assert {(a.device, a.artifact) for a in only(actions, t.CannotLoad)} == {(X, ID[G.ref])}
+    assert placed(bench) == {X} and only(actions, t.Load) == [t.Load(X, ID[A.ref])]
+    assert t.Place(pool, X) in actions
+
+
 @pytest.mark.parametrize("device", [ANY_GPU, EVERY_GPU])
 def test_a_pool_without_a_gpu_says_so_and_is_placed_when_one_comes(device: Device) -> None:
     bench = Bench(rules=RULES)

@@ -62,7 +62,6 @@ class _Draft(Tick):
         self._fetch()
         self._withdraw_residents()
         self.gpus.relieve()
-        self.gpus.place()
         self.gpus.load()
         self._load()
         self._evict_asked()

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
+from operator import itemgetter
 
 from cached.model import (
     ANY_GPU,
@@ -73,7 +75,9 @@ class Gpus:
         self.taken: set[Spot] = set()
         self.placed: dict[Spot, list[Claim]] = {}
         self.moved: set[Spot] = set()
+        self.short: list[tuple[Claim, ArtifactId, int, int]] = []
         self.loading: set[Device] = set()
+        self.begun: set[Spot] = set()
         self.promised: Counter[Device] = Counter()
         for claim_id, until in self.state.starting.items():
             room = self.state.claims[claim_id].room
@@ -275,19 +279,29 @@ class Gpus:
     # --- loads ------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Load what pins want, those of a higher priority first, after what somebody waits for."""
-        unloaded = self.state.unloaded
-        placed = [s for s in self.placed if not self.state.stands(*s) and s not in unloaded]
-        spots = [s for s in unloaded.in_order(self.tick.ended) if is_gpu(s[0])] + placed
-        waited = {spot for spot in spots if spot in unloaded and unloaded.urgent(spot, self.tick.ended)}
-        for spot in sorted(spots, key=lambda s: (s not in waited, -self._priority(s))):
-            place = self.state.places.get(spot[0])
-            if place is not None and place.inventory is not None:
-                self._load(spot, place)
+        """Load what pins want: first what somebody waits for, then by priority. Among equals pools, which may
+        choose, come last: by then it is known what the others cannot have."""
+        state, ended = self.state, self.tick.ended
+        pools = [(state.claims[c], a) for c in state.pools if (a := state.claims[c].artifact) is not None]
+        pools = [(pool, artifact) for pool, artifact in pools if self.tick.is_sound(artifact)]
+        for pool, artifact in pools:
+            self._take_back(pool, artifact)
+        turns: list[tuple[tuple[bool, float, bool], Callable[[], None]]] = [
+            ((True, -pool.priority, True), partial(self._place, pool, a)) for pool, a in pools
+        ]
+        for spot in state.unloaded.in_order(ended):
+            if is_gpu(spot[0]) and not all(c in state.members for c in state.unloaded.claims(spot)):
+                nobody_waits = not state.unloaded.urgent(spot, ended)
+                turns.append(((nobody_waits, -self._priority(spot), False), partial(self._load, spot)))
+        for _, turn in sorted(turns, key=itemgetter(0)):
+            turn()
+        self._tell_short()
 
-    def _load(self, spot: Spot, place: Place) -> None:
+    def _load(self, spot: Spot) -> None:
         """Load it, or make room for it, or say why not."""
-        state, pins = self.state, self._pins(spot)
+        state, pins, place = self.state, self._pins(spot), self.state.places.get(spot[0])
+        if place is None or place.inventory is None or state.stands(*spot):
+            return
         if not self.tick.is_sound(spot[1]) or self._told(spot, pins, place):
             return
         problem = self._standing_problem(spot, pins)
@@ -307,6 +321,7 @@ class Gpus:
         # Nothing else begins here: what comes next in line would eat the room up.
         self.loading.add(spot[0])
         if go == []:
+            self.begun.add(spot)
             self.tick.actions.append(t.Load(*spot))
         elif go is not None and self._settled(spot[0]):
             for other in go:
@@ -315,7 +330,7 @@ class Gpus:
     def _told(self, spot: Spot, pins: list[Claim], place: Place) -> bool:
         """Whether there is nothing to load (by now): tell those who wait why."""
         claims = self.state.unloaded.claims(spot)
-        residency = self.state.residencies.get(spot)
+        residency = self.tick.record(spot)
         if not pins:
             self._refuse_waiters(claims, not_pinned_problem(spot[0]))
             return True
@@ -385,37 +400,40 @@ class Gpus:
 
     # --- pools ------------------------------------------------------------------------------
 
-    def place(self) -> None:
-        """Give the pins of pools their copies; a copy that stands stays where it is."""
-        pools = [self.state.claims[claim_id] for claim_id in self.state.pools]
-        bound = [(p, p.artifact) for p in sorted(pools, key=lambda p: -p.priority) if p.artifact is not None]
-        counts = [(p, a, *self._place(p, a)) for p, a in bound if self.tick.is_sound(a)]
-        short: dict[Spot, Problem] = {}
-        for pool, artifact, got, want in counts if all(map(self._settled, self._connected())) else ():
-            spot = pool.device, artifact
-            if got < want and not self._is_told(spot):
-                short[spot] = self._unplaced_problem(pool, artifact, got, want)
-        for spot, problem in short.items():
-            self.tick.cannot_load(spot, problem)
+    def _copies_on(self, pool: Claim) -> list[Device]:
+        """Where it has a copy, or is to have one."""
+        members = ((d, member_id(pool.id, d)) for d in self.state.places)
+        return [d for d, member in members if member in self.state.members and member not in self.tick.ended]
 
-    def _place(self, pool: Claim, artifact: ArtifactId) -> tuple[int, int]:
-        """How many copies have a place by now, and how many it wants."""
-        connected = self._connected()
-        placed = [d for d in self.state.places if member_id(pool.id, d) in self.state.members]
-        kept = [d for d in placed if not self._unplaced(pool, d, artifact)]
+    def _place(self, pool: Claim, artifact: ArtifactId) -> None:
+        """Give a pool's pin its copies, and load them; a copy that stands stays where it is."""
+        connected, kept = self._connected(), self._copies_on(pool)
         want = pool.copies if pool.device == ANY_GPU else max(1, len(connected))
         stuck = [d for d in kept if pool.device == ANY_GPU and self._stuck(pool, d, artifact)]
         lacks = 0 if self._is_told((pool.device, artifact)) else max(0, want - len(kept))
-        if not lacks and not stuck:
-            return len(kept), want
-        free = self._candidates(pool, artifact, [d for d in connected if d not in placed])
-        new = free[:lacks]
-        for device, better in zip(stuck, free[lacks:], strict=False):
+        free: list[Device] = []
+        if lacks or stuck:
+            taken_back = [d for d in connected if member_id(pool.id, d) in self.state.members]
+            free = self._candidates(pool, artifact, [d for d in connected if d not in taken_back])
+        moves = dict(zip(stuck, free[lacks:], strict=False))
+        for device, better in moves.items():
             self._unplace(pool, device, f"there is room on {better}, and none here")
             self._place_on(pool, better, artifact)
+        new = free[:lacks]
         for device in new:
             self._place_on(pool, device, artifact)
-        return len(kept) + len(new), want
+        for device in (*moves.values(), *new, *(d for d in kept if d not in moves)):
+            self._load((device, artifact))
+        if len(kept) + len(new) < want:
+            self.short.append((pool, artifact, len(kept) + len(new), want))
+
+    def _tell_short(self) -> None:
+        """Say of pools why copies have no place, once all places are known."""
+        if self.short and all(map(self._settled, self._connected())):
+            for pool, artifact, got, want in self.short:
+                spot = pool.device, artifact
+                if spot not in self.tick.told and not self._is_told(spot):
+                    self.tick.cannot_load(spot, self._unplaced_problem(pool, artifact, got, want))
 
     def _place_on(self, pool: Claim, device: Device, artifact: ArtifactId) -> None:
         self.placed.setdefault((device, artifact), []).append(pool)
@@ -424,10 +442,10 @@ class Gpus:
 
     def _is_told(self, spot: Spot) -> bool:
         """Whether a failure was told, and it is not time to try again."""
-        residency = self.state.residencies.get(spot)
-        if residency is None or residency.problem is None or spot in self.moved:
+        record = self.tick.record(spot)
+        if record is None or record.problem is None or spot in self.moved:
             return False
-        return residency.retry_at > self.now or residency.step is not t.ResidentStep.FAILED
+        return record.retry_at > self.now or record.step is not t.ResidentStep.FAILED
 
     def _candidates(self, pool: Claim, artifact: ArtifactId, devices: list[Device]) -> list[Device]:
         """Where a copy may be placed, the best first; of a pool of each GPU, whether there is room or not."""
@@ -436,19 +454,19 @@ class Gpus:
             return found
         return sorted((d for d in found if self._takes(pool, d, artifact)), key=self._warmth(pool, artifact))
 
-    def _unplaced(self, pool: Claim, device: Device, artifact: ArtifactId) -> bool:
-        """Take a copy back from a device that is gone, unfit or given away."""
-        place, why = self.state.places[device], ""
-        if place.inventory is None:
-            why = "the device is gone" if place.gone_at + STANDBY_WAIT_S <= self.now else ""
-        elif place.unfit_reason:
-            why = f"the device is unfit: {place.unfit_reason}"
-        elif not self._is_there((device, artifact)):
-            problem = self._standing_problem((device, artifact), [pool])
-            why = problem.message if problem is not None else ""
-        if why:
-            self._unplace(pool, device, why)
-        return bool(why)
+    def _take_back(self, pool: Claim, artifact: ArtifactId) -> None:
+        """Take copies back from devices that are gone, unfit or given away."""
+        for device in self._copies_on(pool):
+            place, why = self.state.places[device], ""
+            if place.inventory is None:
+                why = "the device is gone" if place.gone_at + STANDBY_WAIT_S <= self.now else ""
+            elif place.unfit_reason:
+                why = f"the device is unfit: {place.unfit_reason}"
+            elif not self._is_there((device, artifact)):
+                problem = self._standing_problem((device, artifact), [pool])
+                why = problem.message if problem is not None else ""
+            if why:
+                self._unplace(pool, device, why)
 
     def _unplace(self, pool: Claim, device: Device, why: str) -> None:
         assert pool.artifact is not None
@@ -458,19 +476,21 @@ class Gpus:
 
     def _is_there(self, spot: Spot) -> bool:
         residency = self.state.residencies.get(spot)
-        return residency is not None and is_standing(residency)
+        return spot in self.begun or (residency is not None and is_standing(residency))
 
     def _takes(self, pool: Claim, device: Device, artifact: ArtifactId) -> bool:
         """Whether the device has it, or takes it now beside what is queued for it."""
         spot = device, artifact
-        residency = self.state.residencies.get(spot)
-        if residency is not None and residency.step in (t.ResidentStep.RESIDENT, t.ResidentStep.LOADING):
+        record = self.tick.record(spot)
+        if record is not None and is_moving(record):
+            return False
+        if self._is_there(spot):
             return spot not in self.tick.released
         # Who may stand there was refused to another pin, and is not to this one.
-        told = residency.problem.reason if residency is not None and residency.problem is not None else ""
-        if (residency is not None and told not in OF_OWNERS) or self._pause_over_at(
-            device, [pool]
-        ) > self.now:
+        told = record.problem.reason if record is not None and record.problem is not None else ""
+        if self._is_told(spot) and told not in OF_OWNERS:
+            return False
+        if self._pause_over_at(device, [pool]) > self.now:
             return False
         leaving = self._may_leave(device, pool.priority)
         queued = self._queued(device, pool.priority, artifact)
@@ -478,16 +498,17 @@ class Gpus:
 
     def _queued(self, device: Device, priority: int, but: ArtifactId) -> set[Spot]:
         """What pins of this priority or a higher one are to have here and do not have yet."""
-        waiting = (spot for spot in (*self.state.unloaded.in_order(), *self.placed) if spot[0] == device)
-        return {
-            spot
-            for spot in waiting
-            if spot[1] in self.state.artifacts
-            and spot[1] != but
-            and spot not in self.state.residencies
+        waiting = (*self.state.unloaded.in_order(), *self.placed, *self.begun)
+        here = {spot for spot in waiting if spot[0] == device and spot[1] != but}
+        return {spot for spot in here if spot in self.begun or self._is_queued(spot, priority)}
+
+    def _is_queued(self, spot: Spot, priority: int) -> bool:
+        return (
+            spot[1] in self.state.artifacts
+            and self.tick.record(spot) is None
             and self._priority(spot) >= priority
             and self._standing_problem(spot, self._pins(spot)) is None
-        }
+        )
 
     def _warmth(
         self, pool: Claim, artifact: ArtifactId
@@ -505,9 +526,12 @@ class Gpus:
 
     def _stuck(self, pool: Claim, device: Device, artifact: ArtifactId) -> bool:
         """Whether a copy could not be loaded, or cannot be now."""
-        residency = self.state.residencies.get((device, artifact))
+        spot = device, artifact
+        residency = self.state.residencies.get(spot)
+        if spot in self.tick.told or spot in self.begun:
+            return spot in self.tick.told
         if residency is not None:
-            return residency.problem is not None and not self._is_told((device, artifact))
+            return residency.problem is not None and not self._is_told(spot)
         if self._pause_over_at(device, [pool]) > self.now:
             return True
         moving = any(is_moving(self.state.residencies[s]) for s in self.residents.get(device, ()))
@@ -520,13 +544,8 @@ class Gpus:
         waiting = self._waiters(self.state.unloaded.claims(spot))
         pools = {pin.id for pin in self._pins(spot)}
         copies = self._copies(pools, spot[1])
-        told = [(a.device, a.artifact, a.problem) for a in self.tick.actions if isinstance(a, t.CannotLoad)]
-        problems = {(device, artifact): problem for device, artifact, problem in told}
-        for other in (spot, *copies):
-            record = self.state.residencies.get(other)
-            if record is not None and record.problem is not None:
-                problems[other] = record.problem
-        problem = next((problems[s] for s in (spot, *copies) if s in problems), None)
+        records = map(self.tick.record, (spot, *copies))
+        problem = next((r.problem for r in records if r is not None and r.problem is not None), None)
         if not pools:
             problem = not_pinned_problem(spot[0])
         there = [s for s in copies if self.state.stands(*s) and s not in self.tick.released]

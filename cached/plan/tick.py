@@ -5,8 +5,8 @@ Owns the list of actions and who hears of a failure; the policies are in ``decid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 from cached.model import ArtifactId, Claim, ClaimId, ClaimKind, Problem
 from cached.plan import types as t
@@ -30,6 +30,7 @@ class Tick:
         self.ended: set[ClaimId] = set()
         self.tainted: set[ArtifactId] = set()
         self.released: set[Spot] = set()
+        self.told: dict[Spot, t.Residency] = {}
 
     def refuse(self, claim: Claim, problem: Problem) -> None:
         if claim.id not in self.ended:
@@ -70,10 +71,14 @@ class Tick:
     def cannot_load(self, spot: Spot, problem: Problem) -> None:
         self.actions.append(t.CannotLoad(spot[0], spot[1], problem))
         before = self.state.residencies.get(spot)
-        record = before or t.Residency(t.ResidentStep.FAILED)
-        self.tell(
-            self.state.unloaded.claims(spot), replace(record, rounds=record.rounds + 1, problem=problem)
-        )
+        step = t.ResidentStep.REFUSED if problem.retry_after_s is None else t.ResidentStep.FAILED
+        rounds = (before.rounds if before else 0) + 1
+        self.told[spot] = t.Residency(step, rounds=rounds, retry_at=math.inf, problem=problem)
+        self.tell(self.state.unloaded.claims(spot), self.told[spot])
+
+    def record(self, spot: Spot) -> t.Residency | None:
+        """What is known of it, with what this tick says that cannot be loaded."""
+        return self.told.get(spot) or self.state.residencies.get(spot)
 
     def coldness(self, spot: Spot) -> tuple[float, float, str]:
         """The smallest of these leaves its device first. That it was loaded counts as a use."""
