@@ -29,7 +29,7 @@ from cached.model import (
 )
 from cached.plan import is_gpu
 from cached.plan import types as t
-from cached.plan.gpus import FIRST_PAUSE_S
+from cached.plan.memory import FIRST_PAUSE_S
 
 X, Y = Device("cuda:GPU-x"), Device("cuda:GPU-y")
 TOTAL_BYTES = 100

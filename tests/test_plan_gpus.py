@@ -24,7 +24,7 @@ from cached.model import (
 )
 from cached.plan import evict_problem, swap_problem
 from cached.plan import types as t
-from cached.plan.gpus import FIRST_PAUSE_S, LAST_PAUSE_S, pause_s
+from cached.plan.memory import FIRST_PAUSE_S, LAST_PAUSE_S, pause_s
 from cached.plan.words import STANDBY_WAIT_S
 
 X, Y = Device("cuda:GPU-x"), Device("cuda:GPU-y")

@@ -1,7 +1,7 @@
 """Decisions are pure: ``apply`` works events into the state, ``plan`` says what to do about it.
 
-Owns all policy, in ``decide`` and ``gpus``; the records and vocabulary are in ``types``, the state and its
-indexes in ``state``. Imports only the words of ``model``: no clock, no I/O, no logging.
+Owns all policy, in ``decide``, ``gpus`` and ``pools``; the records and vocabulary are in ``types``, the state
+and its indexes in ``state``. Imports only the words of ``model``: no clock, no I/O, no logging.
 """
 
 from cached.plan.apply import apply

@@ -1,7 +1,7 @@
 """All policy: ``plan(state, now)`` compares claims with facts and says what to do next.
 
 Owns every decision: what to resolve, fetch first, stop, evict, load where, release, grant, refuse; what
-concerns GPUs is in ``gpus``.
+concerns GPUs is in ``gpus`` and ``pools``.
 Pure: reads the state, changes nothing, imports no clock, no I/O and no logging. Once its actions
 have been applied as started, it plans nothing more until something happens or time passes.
 """
@@ -90,7 +90,7 @@ class _Draft(Tick):
                 continue
             if claim.room is not None and not self.gpus.has_room(claim, claim.room):
                 continue
-            self.gpus.grant(claim, self.state.best(claim, claim.artifact), claim.artifact)
+            self.grant(claim, self.state.best(claim, claim.artifact), claim.artifact)
             self.used.add(claim.artifact)
             if claim.kind is ClaimKind.PREFETCH:
                 self.ended.add(claim_id)
@@ -310,7 +310,7 @@ class _Draft(Tick):
         for spot in list(self.state.unloaded.in_order(self.ended)):
             place = self.state.places.get(spot[0])
             if spot[0] in POOLS:
-                self.gpus.answer_pool(spot)
+                self.gpus.pools.answer(spot)
             elif place is None or place.inventory is None:
                 self._no_standby(spot, place)
             elif is_gpu(spot[0]):

@@ -1,6 +1,7 @@
 """One tick's decisions as they come together: what was decided so far, and what every part of it needs.
 
-Owns the list of actions and who hears of a failure; the policies are in ``decide`` and ``gpus``. Pure.
+Owns the list of actions and who hears of a failure; the policies are in ``decide``, ``gpus`` and ``pools``.
+Pure.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from cached.model import ArtifactId, Claim, ClaimId, ClaimKind, Problem
+from cached.model import ArtifactId, Claim, ClaimId, ClaimKind, Device, Problem
 from cached.plan import types as t
 from cached.plan.order import heat
 from cached.plan.state import Spot, State
@@ -31,6 +32,12 @@ class Tick:
         self.tainted: set[ArtifactId] = set()
         self.released: set[Spot] = set()
         self.told: dict[Spot, t.Residency] = {}
+        # On GPUs: what is granted from there, where copies of pools were placed, which loads begin, and the
+        # devices on which none does.
+        self.taken: set[Spot] = set()
+        self.placed: dict[Spot, list[Claim]] = {}
+        self.begun: set[Spot] = set()
+        self.still: set[Device] = set()
 
     def refuse(self, claim: Claim, problem: Problem) -> None:
         if claim.id not in self.ended:
@@ -55,6 +62,15 @@ class Tick:
     def waits(self, claim: Claim) -> bool:
         """Whether it is a lease that was not answered yet."""
         return claim.kind is ClaimKind.LEASE and claim.id not in self.state.answered
+
+    def waiters(self, claims: Iterable[ClaimId]) -> list[Claim]:
+        """Those of them whom a pin's residency would answer."""
+        found = [self.state.claims[c] for c in claims if c not in self.state.answered and c not in self.ended]
+        return [claim for claim in found if claim.kind is not ClaimKind.PIN]
+
+    def grant(self, claim: Claim, device: Device, artifact: ArtifactId) -> None:
+        self.taken.add((device, artifact))
+        self.actions.append(t.Grant(claim.id, device))
 
     def any_left(self, claims: Iterable[ClaimId]) -> bool:
         """Whether one of them is not ended by what was decided so far."""
