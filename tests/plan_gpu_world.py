@@ -10,8 +10,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 
+from plan_world import PERMANENT, START, TEMPORARY, World, union_bytes
 from plan_world import RULES as DISK_RULES
-from plan_world import START, TEMPORARY, World, union_bytes
 
 from cached.model import (
     ANY_GPU,
@@ -143,8 +143,14 @@ class GpuWorld(World):
         return any((device, artifact) not in self.outside for device in held)
 
     def leased(self, device: Device, artifact: ArtifactId) -> bool:
-        claims = self.claims_of(artifact)
-        return any(c.kind is not ClaimKind.PIN and c.device == device for c in claims)
+        """Whether a lease holds it, or is to be given it once there is room."""
+        claims = [c for c in self.claims_of(artifact) if c.kind is not ClaimKind.PIN]
+        return device in {d for c in claims for d in (c.device, self.first_of(c, artifact))}
+
+    def first_of(self, claim: Claim, artifact: ArtifactId) -> Device:
+        waits = claim.room is not None and claim.id not in self.state.answered
+        prefers = claim.prefers if waits else ()
+        return next((d for d in prefers if self.gives(d, artifact)), claim.device)
 
     def pins(self, device: Device, artifact: ArtifactId) -> list[Claim]:
         claims = self.claims_of(artifact)
@@ -320,7 +326,9 @@ class GpuWorld(World):
             for device in {X, Y} - placed if len(placed) < want else ():
                 could = self.allowed(device, [pool]) and self.items_of(device, pool.artifact)
                 fits = self.fits_in_memory(device, pool.artifact, pool.priority)
-                assert not (could and fits), f"{pool} could have a copy on {device}"
+                told = self.state.residencies.get((device, pool.artifact))
+                failed = told is not None and told.problem == PERMANENT
+                assert not (could and fits) or failed, f"{pool} could have a copy on {device}"
 
     def check_problem(self, pin: Claim, problem: Problem) -> None:
         assert pin.artifact is not None or not is_gpu(pin.device) or problem

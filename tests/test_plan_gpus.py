@@ -219,6 +219,23 @@ def test_room_never_costs_what_the_same_lease_prefers() -> None:
     assert bench.tick() == [t.Grant(lease, X)]
 
 
+def test_what_a_lease_is_about_to_be_given_does_not_leave_while_it_waits_for_room() -> None:
+    bench = bench_with(D, G)
+    bench.gpu(Y, 100)
+    bench.standby()
+    pin(bench, D)
+    bench.tick()
+    stand(bench, D, 60)
+    starts = bench.claim(G, room=Room(Y, 90))
+    assert bench.tick() == [t.Grant(starts, DISK)]
+    lease = bench.claim(D, device=HOST, prefers=(X,), room=Room(Y, 50))
+    pin(bench, G, priority=1)
+    actions = bench.tick()
+    assert not only(actions, t.Release) and len(only(actions, t.CannotLoad)) == 1
+    bench.happen(t.ClaimEnded(starts))
+    assert t.Grant(lease, X) in bench.tick()
+
+
 def test_room_that_cannot_be_had_is_refused_at_once_with_the_arithmetic() -> None:
     bench = bench_with(D, A)
     for revision, free_bytes in ((D, 60), (A, 30)):
@@ -565,6 +582,19 @@ def test_what_cannot_be_loaded_takes_no_place_of_a_pool_in_the_same_plan() -> No
     assert {(a.device, a.artifact) for a in only(actions, t.CannotLoad)} == {(X, ID[G.ref])}
     assert placed(bench) == {X} and only(actions, t.Load) == [t.Load(X, ID[A.ref])]
     assert t.Place(pool, X) in actions
+
+
+def test_a_copy_that_waits_its_turn_stays_in_line_whoever_comes_behind() -> None:
+    bench = bench_with(A, D, G)
+    bench.gpu(Y, 10)
+    pin(bench, A)
+    pool = pin(bench, D, ANY_GPU)
+    assert t.Place(pool, X) in bench.tick()
+    bench.gpu_has(Y, 60)
+    pin(bench, G, EVERY_GPU)
+    assert {a.device for a in only(bench.tick(), t.Place)} == {X, Y}  # type: ignore[union-attr]
+    stand(bench, A, 70)
+    assert bench.tick() == [t.Load(X, ID[D.ref])]
 
 
 @pytest.mark.parametrize("device", [ANY_GPU, EVERY_GPU])

@@ -47,6 +47,12 @@ class Memory:
         self.tick = tick
         self.state = tick.state
         self.now = tick.now
+        # What leases are given once they have room.
+        self.awaited: dict[Spot, list[Claim]] = {}
+        for claim in map(self.state.claims.__getitem__, self.state.ready):
+            if claim.room is not None and claim.artifact is not None:
+                spot = self.state.best(claim, claim.artifact), claim.artifact
+                self.awaited.setdefault(spot, []).append(claim)
         self.residents: dict[Device, list[Spot]] = {}
         for spot in self.state.residencies:
             if is_gpu(spot[0]):
@@ -62,7 +68,8 @@ class Memory:
         return [c for c in claims if c.kind is ClaimKind.PIN and c.id not in self.tick.ended]
 
     def leased(self, spot: Spot) -> bool:
-        claims = (self.state.claims[c] for c in self.state.on.get(spot, ()))
+        """Whether a lease holds it, or is about to."""
+        claims = [*self.state.claims_on(*spot), *self.awaited.get(spot, ())]
         leases = (c for c in claims if c.kind is not ClaimKind.PIN and c.id not in self.tick.ended)
         return spot in self.tick.taken or next(leases, None) is not None
 

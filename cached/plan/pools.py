@@ -60,7 +60,7 @@ class Pools:
         """Give a pool's pin its copies, and load them; a copy that stands stays where it is."""
         connected, kept = self.memory.connected(), self._copies_on(pool)
         want = pool.copies if pool.device == ANY_GPU else max(1, len(connected))
-        stuck = [d for d in kept if pool.device == ANY_GPU and self._stuck(pool, d, artifact)]
+        stuck = [d for d in kept if pool.device == ANY_GPU and self._is_stuck((d, artifact))]
         lacks = 0 if self._is_told((pool.device, artifact)) else max(0, want - len(kept))
         free = self._candidates(pool, artifact) if lacks or stuck else []
         moves = dict(zip(stuck, free[lacks:], strict=False))
@@ -82,6 +82,14 @@ class Pools:
                 spot = pool.device, artifact
                 if spot not in self.tick.told and not self._is_told(spot):
                     self.tick.cannot_load(spot, self._unplaced_problem(pool, artifact, got, want))
+
+    def _is_stuck(self, spot: Spot) -> bool:
+        """Load a copy, unless that failed before: whether it had better go elsewhere."""
+        residency = self.state.residencies.get(spot)
+        if residency is None or residency.problem is None:
+            self.load(spot)
+            return spot in self.tick.told
+        return spot in self.tick.told or not self._is_told(spot)
 
     def _copies_on(self, pool: Claim) -> list[Device]:
         """Where it has a copy, or is to have one."""
@@ -162,21 +170,6 @@ class Pools:
             return not resident, not there, queued_bytes - self.memory.free_bytes(device), device
 
         return key
-
-    def _stuck(self, pool: Claim, device: Device, artifact: ArtifactId) -> bool:
-        """Whether a copy could not be loaded, or cannot be now."""
-        spot = device, artifact
-        residency = self.state.residencies.get(spot)
-        if spot in self.tick.told or spot in self.tick.begun:
-            return spot in self.tick.told
-        if residency is not None:
-            return residency.problem is not None and not self._is_told(spot)
-        if self.memory.pause_over_at(device, [pool]) > self.now:
-            return True
-        moving = any(is_moving(self.state.residencies[s]) for s in self.memory.residents.get(device, ()))
-        if moving or device in self.tick.still or self.state.places[device].inventory is None:
-            return False
-        return self.memory.settled(device) and not self._takes(pool, device, artifact)
 
     # --- who waits for one ------------------------------------------------------------------
 
