@@ -201,9 +201,10 @@ class Gpus:
 
     def _load(self, spot: Spot) -> None:
         """Load it, or make room for it, or say why not."""
-        state, pins, place = self.state, self.memory.pins(spot), self.state.places.get(spot[0])
+        state, place = self.state, self.state.places.get(spot[0])
         if place is None or place.inventory is None or state.stands(*spot):
             return
+        pins = self.memory.pins(spot)
         if not self.tick.is_sound(spot[1]) or self._told(spot, pins, place):
             return
         problem = self.memory.standing_problem(spot, pins)

@@ -40,6 +40,9 @@ class Pools:
         self.now = memory.now
         self.load = load
         self.moved: set[Spot] = set()
+        self.had: dict[ClaimId, list[Device]] = {}
+        for member, pool in self.state.members.items():
+            self.had.setdefault(pool, []).append(self.state.claims[member].device)
         self.short: list[tuple[Claim, ArtifactId, int, int]] = []
 
     def take_back(self, pool: Claim, artifact: ArtifactId) -> None:
@@ -93,8 +96,7 @@ class Pools:
 
     def _copies_on(self, pool: Claim) -> list[Device]:
         """Where it has a copy, or is to have one."""
-        members = ((d, member_id(pool.id, d)) for d in self.state.places)
-        return [d for d, member in members if member in self.state.members and member not in self.tick.ended]
+        return [d for d in self.had.get(pool.id, ()) if member_id(pool.id, d) not in self.tick.ended]
 
     def _place_on(self, pool: Claim, device: Device, artifact: ArtifactId) -> None:
         self.tick.placed.setdefault((device, artifact), []).append(pool)
@@ -118,8 +120,7 @@ class Pools:
 
     def _candidates(self, pool: Claim, artifact: ArtifactId) -> list[Device]:
         """Where a copy may be placed, the best first; of a pool of each GPU, whether there is room or not."""
-        had = {self.state.claims[m].device for m, owner in self.state.members.items() if owner == pool.id}
-        devices = [d for d in self.memory.connected() if d not in had]
+        devices = [d for d in self.memory.connected() if d not in self.had.get(pool.id, ())]
         found = [d for d in devices if not self.memory.standing_problem((d, artifact), [pool])]
         if pool.device != ANY_GPU:
             return found
