@@ -260,6 +260,18 @@ def test_room_that_cannot_be_had_is_refused_at_once_with_the_arithmetic() -> Non
     assert the_refusal(bench.tick()).reason == "GPU_UNFIT"
 
 
+def test_room_is_not_refused_for_what_a_failed_load_has_just_given_back() -> None:
+    bench = bench_with(D)
+    pin(bench, D)
+    bench.tick()
+    bench.gpu_has(X, 30)
+    bench.happen(t.LoadFailed(X, ID[D.ref], HELD))
+    lease = bench.claim(D, room=Room(X, 60))
+    assert bench.tick() == []
+    bench.gpu_has(X, 70)
+    assert bench.tick() == [t.Grant(lease, DISK)]
+
+
 def test_room_on_a_gpu_that_may_still_connect_is_waited_for() -> None:
     bench = Bench(rules=RULES)
     bench.recover(A)

@@ -277,7 +277,7 @@ TestGpuNode.settings = settings(
     suppress_health_check=list(HealthCheck),
 )
 TestNode.settings = settings(
-    max_examples=int(EXAMPLES or 400),
+    max_examples=int(EXAMPLES or 200),
     stateful_step_count=50,
     derandomize=EXAMPLES is None,
     database=None,

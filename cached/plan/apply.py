@@ -553,12 +553,16 @@ def _loaded(state: State, device: Device, resident: Resident, now: float) -> Non
     state.residencies[device, resident.artifact] = replace(
         residency, step=t.ResidentStep.RESIDENT, locked=resident.locked, rounds=0, last_used_at=now, since=now
     )
-    place = state.places[device]
+    _unsettle(state.places[device], now)
+    state.places[device].taken_bytes += sum(size for _, size in residency.items)
+    _refile_spot(state, device, resident.artifact)
+
+
+def _unsettle(place: Place, now: float) -> None:
+    """What is free there has changed: figures that come soon may be older."""
     if now >= place.settles_at:
         place.taken_bytes = 0
-    place.taken_bytes += sum(size for _, size in residency.items)
     place.settles_at = now + SETTLES_S
-    _refile_spot(state, device, resident.artifact)
 
 
 def _load_failed(state: State, device: Device, artifact: ArtifactId, problem: Problem, now: float) -> None:
@@ -566,6 +570,7 @@ def _load_failed(state: State, device: Device, artifact: ArtifactId, problem: Pr
     if residency is None or residency.step is not t.ResidentStep.LOADING:
         return
     state.places[device].ledger.remove(residency.items)
+    _unsettle(state.places[device], now)
     if artifact not in state.artifacts:
         del state.residencies[device, artifact]
         return
@@ -581,9 +586,7 @@ def _released(state: State, device: Device, artifact: ArtifactId, now: float) ->
         del state.residencies[device, artifact]
         place = state.places[device]
         place.ledger.remove(residency.items)
-        if now >= place.settles_at:
-            place.taken_bytes = 0
-        place.settles_at = now + SETTLES_S
+        _unsettle(place, now)
 
 
 def _held_outside(state: State, device: Device, artifact: ArtifactId, problem: Problem) -> None:
