@@ -100,10 +100,11 @@ class Gpus:
     def _to_have(self, room: Room, leaving: list[Spot], coming: bool) -> list[Spot] | None:
         """Which of these have to leave for the room. ``coming``: as if loads under way could leave, too."""
         device = room.device
-        ledger = self.memory.without(device, is_moving)
-        loads_bytes = self.memory.loading_bytes(device)
-        free_bytes = self.memory.free_bytes(device) + (loads_bytes if coming else -loads_bytes)
-        free_bytes += self.state.places[device].ledger.used_bytes
+        ledger = self.memory.without(
+            device, lambda r: is_moving(r) or (coming and r.step is t.ResidentStep.LOADING)
+        )
+        free_bytes = self.memory.free_bytes(device) + self.state.places[device].ledger.used_bytes
+        free_bytes -= 0 if coming else self.memory.loading_bytes(device)
         return self.memory.fewest(ledger, leaving, lambda d: free_bytes - d.used_bytes >= room.size_bytes)
 
     def has_room(self, claim: Claim, room: Room) -> bool:
