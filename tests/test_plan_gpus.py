@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from plan_bench import ID, NO_WATERMARKS, A, B, Bench, C, D, E, G, make_claim, only, the_refusal
-from plan_world import START
+from plan_world import START, make_revision
 
 from cached.model import (
     ANY_GPU,
@@ -270,6 +270,19 @@ def test_room_is_not_refused_for_what_a_failed_load_has_just_given_back() -> Non
     assert bench.tick() == []
     bench.gpu_has(X, 70)
     assert bench.tick() == [t.Grant(lease, DISK)]
+
+
+def test_room_is_not_refused_while_a_load_shares_what_may_leave() -> None:
+    more = make_revision("ae", "ae")
+    bench = bench_with(A, more)
+    old = pin(bench, A)
+    bench.tick()
+    stand(bench, A, 70)
+    bench.happen(t.ClaimEnded(old))
+    pin(bench, more)
+    assert only(bench.tick(), t.Load)
+    lease = bench.claim(A, room=Room(X, 96))
+    assert not only(bench.tick(), t.Refuse) and lease in bench.state.claims
 
 
 def test_room_on_a_gpu_that_may_still_connect_is_waited_for() -> None:
