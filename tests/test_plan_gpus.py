@@ -285,6 +285,21 @@ def test_room_is_not_refused_while_a_load_shares_what_may_leave() -> None:
     assert not only(bench.tick(), t.Refuse) and lease in bench.state.claims
 
 
+def test_room_is_refused_at_once_when_somebody_takes_what_it_was_to_be_made_of() -> None:
+    bench = bench_with(A, D)
+    pin(bench, D)
+    bench.tick()
+    bench.loaded(D, X)
+    bench.gpu_has(X, 60)
+    waits = bench.claim(A, room=Room(X, 90))
+    assert bench.tick() == []
+    bench.now += 2.0
+    takes = bench.claim(D, device=HOST, prefers=(X,))
+    actions = bench.tick()
+    assert only(actions, t.Grant) == [t.Grant(takes, X)]
+    assert [a.claim for a in only(actions, t.Refuse)] == [waits]  # type: ignore[union-attr]
+
+
 def test_room_on_a_gpu_that_may_still_connect_is_waited_for() -> None:
     bench = Bench(rules=RULES)
     bench.recover(A)

@@ -100,6 +100,8 @@ class _Draft(Tick):
             if note.resolved_at + REFRESH_AFTER_S <= self.now:
                 refreshed.add(note.ref)
                 self.actions.append(t.Refresh(note.ref))
+        # What was given out may have been what somebody's room was to be made of.
+        self.gpus.refuse_rooms()
 
     # --- resolution -------------------------------------------------------------------------
 

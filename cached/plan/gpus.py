@@ -74,7 +74,8 @@ class Gpus:
         """Room that cannot be had is refused at once, whatever else its claim waits for."""
         for claim_id in self.state.rooms:
             claim = self.state.claims[claim_id]
-            if claim_id not in self.tick.ended and claim.room is not None:
+            answered = claim_id in self.tick.ended or claim_id in self.tick.granted
+            if not answered and claim.room is not None:
                 problem = self._room_problem(claim, claim.room)
                 if problem is not None:
                     self.tick.refuse(claim, problem)
@@ -103,6 +104,8 @@ class Gpus:
         ledger = self.memory.without(
             device, lambda r: is_moving(r) or (coming and r.step is t.ResidentStep.LOADING)
         )
+        for spot in self.tick.released:
+            ledger.remove(self.state.residencies[spot].items if spot[0] == device else ())
         free_bytes = self.memory.free_bytes(device) + self.state.places[device].ledger.used_bytes
         free_bytes -= 0 if coming else self.memory.loading_bytes(device)
         return self.memory.fewest(ledger, leaving, lambda d: free_bytes - d.used_bytes >= room.size_bytes)

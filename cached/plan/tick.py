@@ -32,6 +32,7 @@ class Tick:
         self.tainted: set[ArtifactId] = set()
         self.released: set[Spot] = set()
         self.told: dict[Spot, t.Residency] = {}
+        self.granted: set[ClaimId] = set()
         # On GPUs: what is granted from there, where copies of pools were placed, which loads begin, and the
         # devices on which none does.
         self.taken: set[Spot] = set()
@@ -69,6 +70,7 @@ class Tick:
         return [claim for claim in found if claim.kind is not ClaimKind.PIN]
 
     def grant(self, claim: Claim, device: Device, artifact: ArtifactId) -> None:
+        self.granted.add(claim.id)
         self.taken.add((device, artifact))
         self.actions.append(t.Grant(claim.id, device))
 
