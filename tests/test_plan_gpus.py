@@ -480,7 +480,9 @@ def test_an_unfit_gpu_is_left_and_refuses_whoever_wants_just_that() -> None:
     bench.tick()
     stand(bench, A, 70)
     bench.gpu_has(X, 70, unfit="an uncorrectable ECC error")
-    assert released(bench.tick()) == {(X, ID[A.ref])}
+    bench.claim(A, device=X)
+    actions = bench.tick()
+    assert the_refusal(actions).reason == "GPU_UNFIT" and released(actions) == {(X, ID[A.ref])}
     bench.released(A, X)
     pin(bench, B)
     bench.claim(B, device=X)

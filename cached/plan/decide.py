@@ -63,6 +63,7 @@ class _Draft(Tick):
         self._withdraw_residents()
         self.gpus.relieve()
         self.gpus.load()
+        self.gpus.vacate()
         self._load()
         self._evict_asked()
         self._tidy()

@@ -146,16 +146,20 @@ class Gpus:
     # --- what leaves ------------------------------------------------------------------------
 
     def relieve(self) -> None:
-        """Residents leave what is unfit, given to somebody else, or out of memory."""
+        """Residents leave what is given to somebody else, or out of memory."""
         for device in self.memory.connected():
-            place = self.state.places[device]
-            if place.unfit_reason:
-                for spot in self.memory.may_leave(device):
-                    self.tick.release(spot, f"the device is unfit: {place.unfit_reason}")
+            if self.state.places[device].unfit_reason:
                 continue
             if device not in self.tick.still:
                 self._see_out(device)
             self._last_resort(device)
+
+    def vacate(self) -> None:
+        """Residents leave what is unfit, after those who waited for just that are refused."""
+        for device in self.memory.connected():
+            why = self.state.places[device].unfit_reason
+            for spot in self.memory.may_leave(device) if why else ():
+                self.tick.release(spot, f"the device is unfit: {why}")
 
     def _see_out(self, device: Device) -> None:
         """What nothing entitles to stand there leaves after a while."""
