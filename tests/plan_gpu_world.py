@@ -170,6 +170,11 @@ class GpuWorld(World):
         since = max(self.given_at[device], *(pin.made_at for pin in pins))
         return self.now < since + self.rules.claimed_grace_s
 
+    def cannot_fit(self, claim: Claim, problem: Problem) -> bool:
+        # Who waits for a pool hears what was last said of one of its copies.
+        of_a_copy = problem.reason == "DEVICE_CAPACITY" and claim.device in (ANY_GPU, EVERY_GPU)
+        return of_a_copy or super().cannot_fit(claim, problem)
+
     def fits_in_memory(self, device: Device, artifact: ArtifactId, priority: int) -> bool:
         """Whether it fits beside what may not leave for it."""
         if not is_gpu(device):
