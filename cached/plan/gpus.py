@@ -251,7 +251,7 @@ class Gpus:
             return False
         if residency.problem is None:
             return True
-        again = self.tick.tell(claims, residency)
+        again = self.tick.tell(claims, residency) or spot in self.tick.placed
         return not again or residency.retry_at > self.now or residency.step is t.ResidentStep.RELEASING
 
     def _refuse_waiters(self, claims: Iterable[ClaimId], problem: Problem) -> None:

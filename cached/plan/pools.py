@@ -92,7 +92,7 @@ class Pools:
         if residency is None or residency.problem is None:
             self.load(spot)
             return spot in self.tick.told
-        return spot in self.tick.told or not self._is_told(spot)
+        return spot in self.tick.told or (spot not in self.tick.begun and not self._is_told(spot))
 
     def _copies_on(self, pool: Claim) -> list[Device]:
         """Where it has a copy, or is to have one."""
