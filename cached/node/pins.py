@@ -90,9 +90,11 @@ class Pins:
             raise self._of_file(out)
         if pin.device == DISK or out == pin.ref:
             raise _no_swap(out, pin)
+        if not there:
+            return self._check_swapped(out, pin)
         pin = replace(
             pin,
-            priority=max((old.priority for old in there), default=0),
+            priority=max(old.priority for old in there),
             unclaimed=any(old.unclaimed for old in there),
         )
         self._check_swap(out, pin)
@@ -101,6 +103,17 @@ class Pins:
         for old in there:
             await self._effects.forget_claim(old.id)
         self._replace(pin, pin.id, *(old.id for old in there))
+
+    def _check_swapped(self, out: Ref, pin: Claim) -> None:
+        """With nothing to take the place of it was done before. Raises CachedError (NOT_PINNED) elsewhere."""
+        if pin.id not in self._core.state.claims:
+            elsewhere = ", ".join(old.device for old in self._pins(out))
+            raise permanent(
+                ErrorKind.NOT_FOUND,
+                "NOT_PINNED",
+                f"{out} is not pinned on {pin.device}" + (f" but on {elsewhere}" if elsewhere else ""),
+                f"'cachectl pin {pin.ref} --on {pin.device}' needs nobody's place; 'cachectl ls' shows pins",
+            )
 
     def _check_swap(self, out: Ref, pin: Claim) -> None:
         """Refuse what could not stand there in its place, before anything is changed. Raises CachedError."""
