@@ -395,17 +395,17 @@ def _bad_ref(text: str, why: str, hint: str = "") -> CachedError:
 
 
 def parse_device(text: str) -> Device:
-    """``disk`` (also for the empty string), ``host``, ``cuda:<uuid>``, ``cuda:<number>``, ``cuda:any`` or
-    ``cuda:all``. Raises CachedError (INVALID)."""
+    """``disk`` (also for the empty string), ``host``, ``cuda:GPU-<uuid>`` (``MIG-``), ``cuda:<number>``,
+    ``cuda:any`` or ``cuda:all``. Raises CachedError (INVALID)."""
     if text in ("", "disk"):
         return DISK
-    if text == "host" or re.fullmatch(r"cuda:[A-Za-z0-9-]{1,64}", text):
+    if text == "host" or re.fullmatch(r"cuda:(\d{1,4}|any|all|(GPU|MIG)-[A-Za-z0-9-]{1,60})", text):
         return Device(text)
     raise permanent(
         ErrorKind.INVALID,
         "BAD_DEVICE",
         f"{text!r} is not a device",
-        "use disk, host, cuda:<uuid>, cuda:<number>, cuda:any or cuda:all",
+        "use disk, host, cuda:GPU-<uuid>, cuda:<number>, cuda:any or cuda:all",
     )
 
 

@@ -169,7 +169,9 @@ class Views:
     # --- the node ---------------------------------------------------------------------------
 
     def places(self) -> list[PlaceView]:
-        return [self._place(device) for device in self._state.places]
+        """The GPUs last, by their numbers."""
+        places = [self._place(device) for device in self._state.places]
+        return sorted(places, key=lambda place: place.gpu.index if place.gpu is not None else -1)
 
     def _place(self, device: Device) -> PlaceView:
         place = self._state.places[device]
@@ -241,7 +243,7 @@ def _disk_remarks(state: State) -> tuple[str, ...]:
 
 def _remarks(inventory: Inventory | None) -> tuple[str, ...]:
     if inventory is None:
-        return ("no standby is connected",)
+        return ()  # that it is not connected says it all
     if inventory.gpu is not None:
         return _gpu_remarks(inventory.gpu)
     remarks = []
