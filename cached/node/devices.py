@@ -26,9 +26,10 @@ def meant(state: State, device: Device) -> Device:
 
 
 def one_gpu(state: State, device: Device) -> Device:
-    """A GPU that is here, by number or UUID. Raises CachedError (NO_SUCH_DEVICE)."""
+    """A GPU that is here, or was until its standby went, by number or UUID. Raises CachedError
+    (NO_SUCH_DEVICE)."""
     device = meant(state, device)
-    if device not in gpus(state):
+    if not is_gpu(device) or device not in state.places:
         raise _no_such(state, device)
     return device
 
@@ -40,7 +41,7 @@ def one_device(state: State, device: Device) -> Device:
             ErrorKind.INVALID,
             "BAD_DEVICE",
             f"{device} is no single device; only pins go to several",
-            "name one: disk, host or cuda:<uuid>",
+            "name one: disk, host or cuda:GPU-<uuid>",
         )
     return meant(state, device)
 
