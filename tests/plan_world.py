@@ -571,7 +571,8 @@ class World:
         if problem.reason == "NO_STANDBY":
             device = next(d for d in (claim.device, *self.rooms_of(claim)) if d in problem.message)
             assert device not in self.connected
-            assert self.now >= max(self.gone_at[device], claim.made_at) + STANDBY_WAIT_S
+            since = max(self.gone_at[device], claim.made_at if device in self.state.places else START)
+            assert self.now >= since + STANDBY_WAIT_S
         elif problem.reason in ("DISK_CAPACITY", "DEVICE_CAPACITY") and claim.kind is ClaimKind.LEASE:
             assert self.cannot_fit(claim, problem), f"refused {claim}, which fits: {problem.message}"
 

@@ -704,6 +704,8 @@ def test_a_lease_waits_so_long_for_a_standby_and_a_pin_for_ever() -> None:
     assert bench.tick() == []
     bench.now += 0.1
     assert the_refusal(bench.tick()).reason == "NO_STANDBY"
+    bench.claim(A, device=HOST)
+    assert the_refusal(bench.tick()).reason == "NO_STANDBY", "none was seen for as long already"
     bench.standby()
     assert bench.tick() == [t.Load(HOST, ID[A.ref])]
 

@@ -546,6 +546,21 @@ def test_a_pool_places_its_copies_apart_by_free_memory_and_leaves_them_there() -
     assert {bench.state.claims[m].artifact for m in bench.state.members} == {ID[A.ref]}
 
 
+def test_what_could_not_be_is_forgotten_with_its_pin() -> None:
+    bench = two_gpus(A, D, G)
+    pool = pin(bench, A, ANY_GPU, copies=5)
+    bench.tick()
+    stand(bench, A, 20)
+    large = pin(bench, G)
+    bench.tick()
+    short = bench.state.residencies[ANY_GPU, ID[A.ref]].problem
+    assert short is not None and "2 of 5" in short.message and short.message.endswith("2 GPUs are connected")
+    assert bench.state.residencies[X, ID[G.ref]].problem
+    for ended in (pool, large):
+        bench.happen(t.ClaimEnded(ended))
+    assert not any(residency.problem for residency in bench.state.residencies.values())
+
+
 def test_a_copy_moves_when_its_device_is_gone_for_long_unfit_or_given_away() -> None:
     bench = two_gpus(A)
     pin(bench, A, ANY_GPU)

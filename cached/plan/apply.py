@@ -134,6 +134,7 @@ def _work_in(state: State, event: t.Event, now: float) -> None:
 
 
 def _recovered(state: State, event: t.Recovered, now: float) -> None:
+    state.began_at = now
     for artifact in event.artifacts:
         _add_artifact(state, artifact)
     for note in event.notes:
@@ -166,6 +167,8 @@ def _restore_claim(state: State, claim: Claim) -> None:
         if claim.artifact in state.artifacts:
             state.answered.add(claim.id)
             state.file(claim)
+            if claim.room is not None:  # whether it is ready by now is written nowhere
+                state.starting[claim.id] = claim.made_at + state.rules.starting_s
     elif claim.kind is ClaimKind.PIN:
         # A pin that was met must not depend on its origin to be restored.
         state.file(replace(claim, revision=revision, artifact=None, fresh=revision is None))
@@ -248,14 +251,23 @@ def _claim_ended(state: State, claim_id: ClaimId, now: float) -> None:
     state.unfile(claim)
     state.answered.discard(claim_id)
     state.starting.pop(claim_id, None)
-    state.members.pop(claim_id, None)
+    is_member = state.members.pop(claim_id, None) is not None
     if claim.kind is ClaimKind.PIN and claim.device in POOLS:
         for member in [m for m, pool in state.members.items() if pool == claim_id]:
             _claim_ended(state, member, now)
+    if claim.kind is ClaimKind.PIN and claim.artifact is not None and not is_member:
+        _forget_failures(state, claim.artifact)
     if claim.revision is not None:
         _forget_unstarted(state, claim.revision)
     if claim.revision is None and claim.ref not in state.unresolved:
         _forget_resolution(state, claim.ref)
+
+
+def _forget_failures(state: State, artifact: ArtifactId) -> None:
+    """Why it is not where nobody wants it any more is no news."""
+    for spot in state.devices_of(artifact):
+        if spot not in state.on:
+            _retry_load(state, *spot)
 
 
 def _forget_unstarted(state: State, key: RevisionKey) -> None:

@@ -335,7 +335,8 @@ class _Draft(Tick):
     def _no_standby(self, spot: Spot, place: Place | None) -> None:
         for claim_id in self.state.unloaded.claims(spot):
             claim = self.state.claims[claim_id]
-            since = max(claim.made_at, place.gone_at if place else 0.0)
+            # One that was never seen since the start is hardly coming now.
+            since = max(claim.made_at, place.gone_at) if place else self.state.began_at
             if self.waits(claim) and since + STANDBY_WAIT_S <= self.now:
                 self.refuse(claim, no_standby_problem(spot[0]))
 

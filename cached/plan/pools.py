@@ -199,20 +199,22 @@ class Pools:
         ]
 
     def _unplaced_problem(self, pool: Claim, artifact: ArtifactId, got: int, want: int) -> Problem:
-        reasons = []
+        reasons, hints = [], set()
         for device in self.memory.connected()[:NAMED]:
             spot, leaving = (device, artifact), self.memory.may_leave(device, pool.priority)
             problem = self.memory.standing_problem(spot, [pool])
-            if problem is None and not self.memory.is_there(spot):
+            if problem is None and spot not in self.tick.placed and not self.memory.is_there(spot):
                 problem = self.memory.thrown_problem(spot, [pool])
                 problem = problem or self.memory.no_room_to_load(spot, leaving)
             if problem is not None and member_id(pool.id, device) not in self.state.members:
                 reasons.append(problem.message)
+                hints.add(problem.hint)
+        several = "unpin something, pin fewer copies, or see in 'cachectl status' why a GPU is not fit"
         return Problem(
             ErrorKind.NO_ROOM,
             "NOT_PLACED",
             f"{got} of {want} copies of {pool.ref} have a place on {pool.device}: "
             + ("; ".join(reasons) or f"{len(self.memory.connected())} GPUs are connected"),
-            "unpin something, pin fewer copies, or see why a GPU is not fit ('cachectl status' shows them)",
+            hints.pop() if len(hints) == 1 else several,
             ROOM_RETRY_S,
         )

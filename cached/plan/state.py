@@ -166,6 +166,7 @@ class State:
         self, fetch_slots: int, resolve_slots: int = 2, load_slots: int = 1, rules: Rules | None = None
     ) -> None:
         self.rules = rules or Rules()
+        self.began_at = 0.0
         self.fetch_slots = fetch_slots
         self.resolve_slots = resolve_slots
         self.load_slots = load_slots
