@@ -413,6 +413,12 @@ def test_the_daemon_is_told_when_the_holder_has_its_memory(daemon: FakeDaemon) -
         model.prefault()
         model.ready()
         assert daemon.ready == [model.lease_id]
+    command = [str(Path(sys.executable).parent / "cachectl"), "run", REF, "--on", "host"]
+    command += ["--run-dir", str(daemon.run_dir), "--ready-after", "0.1", "--", "sleep", "60"]
+    with subprocess.Popen(command) as ran:
+        assert eventually(lambda: len(daemon.ready) == 2)
+        ran.terminate()
+    assert ran.returncode == 128 + 15
 
 
 # --- being light ---

@@ -77,10 +77,10 @@ def status(
     console = tables.console()
     tables.sheet(console, tables.node_facts(known))
     console.print()
-    console.print(tables.places(known.places))
+    folded = tables.on_terminal(console)
+    console.print(tables.places(known.places, folded))
     gpus = [place for place in known.places if place.name]
     if gpus:
-        folded = tables.on_terminal(console)
         console.print()
         console.print(tables.gpus(gpus, folded))
         for line in tables.uuids(gpus) if folded else ():

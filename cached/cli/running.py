@@ -12,6 +12,7 @@ import re
 import select
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -69,6 +70,18 @@ RoomOn = Annotated[
     ),
 ]
 
+ReadyAfter = Annotated[
+    float | None,
+    typer.Option(
+        "--ready-after",
+        metavar="S",
+        min=0,
+        help="So many seconds after its start it has taken its room: others may be loaded there again. "
+        "Without it, after some minutes.",
+        show_default=False,
+    ),
+]
+
 
 def run(
     ref: options.RefArgument,
@@ -76,6 +89,7 @@ def run(
     on: On = "disk",
     room: Room = None,
     room_on: RoomOn = "",
+    ready_after: ReadyAfter = None,
     run_dir: options.RunDir = None,
     address: options.Address = None,
     timeout: options.Timeout = None,
@@ -101,7 +115,7 @@ def run(
             room_bytes=words.parse_size(room or "") or 0,
             room_on=visible(room_on, os.environ),
         )
-    raise typer.Exit(_run(command, environment(model, os.environ), model.lease_fd))
+    raise typer.Exit(_run(command, model, ready_after))
 
 
 def visible(room_on: str, env: Mapping[str, str]) -> str:
@@ -124,22 +138,38 @@ def environment(model: Model, env: Mapping[str, str]) -> dict[str, str]:
     return {"HF_HUB_OFFLINE": "1", **env, **found}
 
 
-def _run(command: list[str], env: dict[str, str], lease_fd: int) -> int:
+def _run(command: list[str], model: Model, ready_after_s: float | None) -> int:
     """Run it to its end, passing signals on; returns what to exit with."""
     with _signals() as heard:
         try:
-            child = subprocess.Popen(command, env=env, pass_fds=(lease_fd,))
+            child = subprocess.Popen(command, env=environment(model, os.environ), pass_fds=(model.lease_fd,))
         except OSError as error:
             raise _CannotRun(command[0], error) from error
         ended = os.pidfd_open(child.pid)
         try:
-            while ended not in select.select([heard, ended], [], [])[0]:
-                for number in os.read(heard, 64):
+            ready_at = None if ready_after_s is None else time.monotonic() + ready_after_s
+            while ended not in (seen := select.select([heard, ended], [], [], _left_s(ready_at))[0]):
+                for number in os.read(heard, 64) if heard in seen else b"":
                     _pass_on(child, number)
+                if _left_s(ready_at) == 0.0:
+                    ready_at = None
+                    _tell_ready(model)
         finally:
             os.close(ended)
     code = child.wait()
     return 128 - code if code < 0 else code
+
+
+def _left_s(until: float | None) -> float | None:
+    return None if until is None else max(0.0, until - time.monotonic())
+
+
+def _tell_ready(model: Model) -> None:
+    """The command goes on whether the daemon hears it or not."""
+    try:
+        model.ready()
+    except CachedError as error:
+        typer.echo(f"the daemon was not told that {model.ref} is ready: {error}", err=True)
 
 
 @contextlib.contextmanager

@@ -82,14 +82,14 @@ def files(listed: Iterable[pb.File]) -> Table:
     return table
 
 
-def places(listed: Iterable[op.Place]) -> Table:
+def places(listed: Iterable[op.Place], folded: bool) -> Table:
     """One line for each device: its budget, and whether it can be used."""
     table = _grid("DEVICE", ">USED", ">CLAIMED", ">CAPACITY", ">FREE")
     for place in listed:
         known = place.capacity_bytes > 0
         free_bytes = max(0, place.capacity_bytes - place.used_bytes)
         table.add_row(
-            _number(place),
+            _number(place)[: words.SHORT_DEVICE if folded else None],
             words.size(place.used_bytes),
             words.size(place.claimed_bytes),
             words.size(place.capacity_bytes) if known else "-",
