@@ -166,7 +166,8 @@ def test_replicas_share_what_stands_on_the_gpu_to_the_last_bit(
     one = acquire(daemon, "cuda:1", private=["t.F*", "large.3"])
     assert one.device == f"cuda:{uuid}" and not one.streamed
     assert same(host, one)
-    two = acquire(daemon, f"cuda:GPU-{gpu.uuid}")
+    two = acquire(daemon, f"cuda:GPU-{gpu.uuid}", private="large.2")
+    assert two.tensor("large.2").data_ptr() != two.tensor("large.2").data_ptr(), "one glob is no sequence"
     assert two.device == f"cuda:{uuid}" and same(one, two)
     assert gpus.used_bytes(uuid) == resident + CONTEXT, "one copy, and this process's context"
     own = one.tensor("large.3")
@@ -295,6 +296,8 @@ def test_where_it_does_not_stand_it_is_streamed(
     expected = acquire(daemon, "host")
     if host != "host":
         daemon.refused["host"] = Problem(ErrorKind.NO_ROOM, "DEVICE_CAPACITY", "it does not fit", "")
+    with pytest.raises(cached.CachedError, match="room_bytes=-1"):
+        acquire(daemon, "cuda:1", room_bytes=-1)
     with acquire(daemon, "cuda:1", room_bytes=1000) as model:
         asked = daemon.requests[-1]
         assert list(asked.prefers) == [f"cuda:{uuid}", f"cuda:MIG-{uuid[4:]}"]

@@ -80,7 +80,9 @@ def acquire(
     process may fork.
     """
     run = None if run_dir is None else os.fspath(run_dir)
-    order = Order(ref, on, timeout_s, run, address, tuple(private))
+    order = Order(
+        ref, on, timeout_s, run, address, (private,) if isinstance(private, str) else tuple(private)
+    )
     wish = devices.wish(on, room_bytes, room_on)
     return _acquire(order, wish, fresh, on_progress or _ignore, Stop())
 
@@ -101,7 +103,9 @@ async def acquire_async(
     """``acquire`` in a thread of its own; cancelling it ends the claim. ``on_progress`` runs in the loop."""
     loop = asyncio.get_running_loop()
     run = None if run_dir is None else os.fspath(run_dir)
-    order = Order(ref, on, timeout_s, run, address, tuple(private))
+    order = Order(
+        ref, on, timeout_s, run, address, (private,) if isinstance(private, str) else tuple(private)
+    )
 
     def tell(progress: Progress) -> None:
         if on_progress is not None:

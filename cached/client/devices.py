@@ -16,6 +16,7 @@ from cached.cuda import CudaError, Driver, Gpu
 DISK = "disk"
 HOST = "host"
 AUTO = "auto"
+MAX_ROOM_BYTES = 2**60
 IMPORT_FAILED = "GPU_IMPORT_FAILED"
 _NOT_ON_THE_GPU = (
     IMPORT_FAILED,
@@ -50,6 +51,9 @@ class Wish:
 
 def wish(on: str, room_bytes: int = 0, room_on: str = "") -> Wish:
     """What ``on`` means in this process. Raises CachedError, NO_GPU for one that it has not."""
+    if not 0 <= room_bytes <= MAX_ROOM_BYTES:
+        hint = "ask for as many bytes as are to be free, or for 0"
+        raise CachedError("INVALID_ARGUMENT", "BAD_ROOM", f"room_bytes={room_bytes} is no room", hint)
     wanted = _wanted(on)
     if not room_bytes:
         return wanted
