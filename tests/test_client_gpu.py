@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import gc
 import json
@@ -9,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -287,6 +289,16 @@ def test_a_spawned_child_maps_it_again(
         [sys.executable, tmp_path / "spawn.py", REF], env=env, text=True, timeout=60
     )
     assert said == f"cuda:{uuid} True True\n"
+
+
+def test_the_current_gpu_is_that_of_the_thread_that_awaits(
+    daemon: FakeDaemon, gpus: gpukit.Gpus, uuid: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = threading.get_ident()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: int(threading.get_ident() == main))
+    asyncio.run(cached.acquire_async(REF, on="cuda", run_dir=daemon.run_dir, timeout_s=30)).close()
+    assert daemon.requests[-1].prefers[0] == f"cuda:{uuid}"
 
 
 @pytest.mark.parametrize("host", ["host", "no host"])

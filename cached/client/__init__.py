@@ -111,10 +111,10 @@ async def acquire_async(
         if on_progress is not None:
             loop.call_soon_threadsafe(on_progress, progress)
 
-    stop = Stop()
+    stop, at = Stop(), devices.current()
 
     def work() -> Model:
-        return _acquire(order, devices.wish(on, room_bytes, room_on), fresh, tell, stop)
+        return _acquire(order, devices.wish(on, room_bytes, room_on, at), fresh, tell, stop)
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="cached-acquire")
     model = loop.run_in_executor(pool, work)

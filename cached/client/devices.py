@@ -49,36 +49,44 @@ class Wish:
         return None
 
 
-def wish(on: str, room_bytes: int = 0, room_on: str = "") -> Wish:
-    """What ``on`` means in this process. Raises CachedError, NO_GPU for one that it has not."""
+def current() -> int:
+    """The number of the GPU that torch takes for its current one, which each thread has of its own."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.current_device() if torch is not None and torch.cuda.is_initialized() else 0
+
+
+def wish(on: str, room_bytes: int = 0, room_on: str = "", at: int | None = None) -> Wish:
+    """What ``on`` means in this process; ``at`` is ``current`` of the thread that asks, where it is not this
+    one. Raises CachedError, NO_GPU for one that it has not."""
     if not 0 <= room_bytes <= MAX_ROOM_BYTES:
         hint = "ask for as many bytes as are to be free, or for 0"
         raise CachedError("INVALID_ARGUMENT", "BAD_ROOM", f"room_bytes={room_bytes} is no room", hint)
-    wanted = _wanted(on)
+    at = current() if at is None else at
+    wanted = _wanted(on, at)
     if not room_bytes:
         return wanted
     if re.fullmatch(r"cuda:(GPU|MIG)-[0-9a-fA-F-]{36}", room_on):  # no driver has to be asked for it
         return replace(wanted, room_device=room_on, room_bytes=room_bytes)
     if room_on or wanted.gpu is None:
-        return replace(wanted, room_device=_name(_find(room_on or "cuda:0")), room_bytes=room_bytes)
+        return replace(wanted, room_device=_name(_find(room_on or "cuda:0", at)), room_bytes=room_bytes)
     return replace(wanted, room_device=_name(wanted.gpu), room_bytes=room_bytes)
 
 
-def _wanted(on: str) -> Wish:
+def _wanted(on: str, at: int) -> Wish:
     if on == AUTO:
         try:
-            gpu = _nth(Driver().gpus(), None)
+            gpu = _nth(Driver().gpus(), at)
         except CudaError:
             return Wish(DISK, (HOST,))
         return Wish(DISK, (*_names(gpu), HOST), gpu) if gpu is not None else Wish(DISK, (HOST,))
     if on == "cuda" or on.startswith("cuda:"):
-        gpu = _find(on)
+        gpu = _find(on, at)
         return Wish(HOST, _names(gpu), gpu, streams=True)
     return Wish(on or DISK)
 
 
-def _find(on: str) -> Gpu:
-    """This process's GPU of that name: ``cuda``, ``cuda:N`` or ``cuda:<uuid>``. Raises CachedError."""
+def _find(on: str, at: int) -> Gpu:
+    """This process's GPU of that name: ``cuda`` (``at``), ``cuda:N``, ``cuda:<uuid>``. Raises CachedError."""
     word = re.fullmatch(r"cuda(?::(?:(?P<n>\d{1,4})|(?:GPU-|MIG-)?(?P<uuid>[0-9a-fA-F-]{36})))?", on)
     if word is None:
         hint = "write cuda, cuda:N as torch counts, or cuda:GPU-<uuid> as nvidia-smi -L shows it"
@@ -88,7 +96,7 @@ def _find(on: str) -> Gpu:
         if word["uuid"]:
             gpu = next((gpu for gpu in gpus if gpu.uuid == word["uuid"].lower()), None)
         else:
-            gpu = _nth(gpus, None if word["n"] is None else int(word["n"]))
+            gpu = _nth(gpus, at if word["n"] is None else int(word["n"]))
     except CudaError as error:
         hint = (
             "give the process a GPU, its driver and cuda-bindings (in a forked child there is none), "
@@ -102,11 +110,8 @@ def _find(on: str) -> Gpu:
     return gpu
 
 
-def _nth(gpus: list[Gpu], n: int | None) -> Gpu | None:
-    """Without a number torch's current one, as in torch's own ``cuda``. Torch and the driver count alike."""
-    torch = sys.modules.get("torch")
-    if n is None:
-        n = torch.cuda.current_device() if torch is not None and torch.cuda.is_initialized() else 0
+def _nth(gpus: list[Gpu], n: int) -> Gpu | None:
+    """Torch and the driver count alike."""
     return gpus[n] if n < len(gpus) else None
 
 
