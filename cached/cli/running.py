@@ -115,7 +115,9 @@ def run(
             room_bytes=words.parse_size(room or "") or 0,
             room_on=visible(room_on, os.environ),
         )
-    raise typer.Exit(_run(command, model, ready_after))
+    lease_fd = os.dup(model.lease_fd)
+    model.close()  # what it has mapped, on a GPU with a context of its own, is of no use here
+    raise typer.Exit(_run(command, model, lease_fd, ready_after))
 
 
 def visible(room_on: str, env: Mapping[str, str]) -> str:
@@ -138,11 +140,11 @@ def environment(model: Model, env: Mapping[str, str]) -> dict[str, str]:
     return {"HF_HUB_OFFLINE": "1", **env, **found}
 
 
-def _run(command: list[str], model: Model, ready_after_s: float | None) -> int:
+def _run(command: list[str], model: Model, lease_fd: int, ready_after_s: float | None) -> int:
     """Run it to its end, passing signals on; returns what to exit with."""
     with _signals() as heard:
         try:
-            child = subprocess.Popen(command, env=environment(model, os.environ), pass_fds=(model.lease_fd,))
+            child = subprocess.Popen(command, env=environment(model, os.environ), pass_fds=(lease_fd,))
         except OSError as error:
             raise _CannotRun(command[0], error) from error
         ended = os.pidfd_open(child.pid)
