@@ -25,7 +25,7 @@ from cached.model import (
     is_artifact_id,
 )
 from cached.plan import types as t
-from cached.plan.state import State
+from cached.plan.state import POOLS, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,11 +214,19 @@ def waiting_for(state: State, claim: Claim) -> Progress:
         running = transfer is not None and transfer.step is t.Step.RUNNING
         return _phase(Phase.FETCHING if running else Phase.QUEUED, transfer)
     if claim.room is not None and not state.lacks(claim, claim.artifact):
-        return Progress(Phase.WAITING, message=f"room is made on {claim.room.device}")
+        return Progress(Phase.WAITING, message=_room_words(state, claim.room.device))
     place = state.places.get(claim.device)
-    if place is None or (claim.device != DISK and place.inventory is None):
+    away = place is None or (claim.device != DISK and place.inventory is None)
+    if away and claim.device not in POOLS:
         return Progress(Phase.WAITING, message=f"no standby for {claim.device} is connected")
     return _phase(Phase.LOADING, state.residencies.get((claim.device, claim.artifact)))
+
+
+def _room_words(state: State, device: Device) -> str:
+    rooms = (state.claims[claim_id].room for claim_id in state.starting)
+    if any(room is not None and room.device == device for room in rooms):
+        return f"another engine starts with room on {device}, and has not said yet that it is ready"
+    return f"room is made on {device}"
 
 
 def _phase(phase: Phase, record: t.Resolution | t.Transfer | t.Residency | None) -> Progress:
