@@ -38,7 +38,7 @@ from cached.model import (
     Ref,
     RevisionKey,
 )
-from cached.plan import access_problem, evict_problem, is_read_soon
+from cached.plan import access_problem, evict_problem, host_swap_problem, is_read_soon
 from cached.plan import types as t
 from cached.plan.apply import LAST_BACKOFF_S, ORIGIN_SETTLES_S, backoff_s
 from cached.plan.decide import REFRESH_AFTER_S
@@ -708,6 +708,23 @@ def test_a_lease_waits_so_long_for_a_standby_and_a_pin_for_ever() -> None:
     assert the_refusal(bench.tick()).reason == "NO_STANDBY", "none was seen for as long already"
     bench.standby()
     assert bench.tick() == [t.Load(HOST, ID[A.ref])]
+
+
+def test_a_swap_on_the_host_that_cannot_be_is_known_before() -> None:
+    bench = Bench()
+    bench.recover(A, B, G)
+    assert host_swap_problem(bench.state, None, ID[A.ref]).reason == "NO_STANDBY"  # type: ignore[union-attr]
+    bench.standby(A, B, capacity_bytes=A.size_bytes + B.size_bytes)
+    for revision in (A, B):
+        bench.claim(revision, ClaimKind.PIN, HOST)
+    assert host_swap_problem(bench.state, ID[A.ref], ID[B.ref]) is None, "it stands there"
+    told = host_swap_problem(bench.state, ID[A.ref], ID[G.ref])
+    assert told is not None and told.reason == "DEVICE_CAPACITY"
+    bench.state.places[HOST].capacity_bytes = B.size_bytes + G.size_bytes
+    assert host_swap_problem(bench.state, ID[A.ref], ID[G.ref]) is None
+    bench.claim(A, device=HOST)
+    bench.tick()
+    assert host_swap_problem(bench.state, ID[A.ref], ID[G.ref]), "it is leased, and leaves for nobody"
 
 
 def test_a_standby_that_was_just_lost_is_waited_for_anew() -> None:

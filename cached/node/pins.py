@@ -28,7 +28,7 @@ from cached.model import (
 )
 from cached.node.core import Core
 from cached.node.effects import Effects
-from cached.plan import is_gpu, swap_problem
+from cached.plan import host_swap_problem, is_gpu, swap_problem
 from cached.plan import types as t
 
 MAX_COPIES = 64
@@ -119,10 +119,13 @@ class Pins:
         """Refuse what could not stand there in its place, before anything is changed. Raises CachedError."""
         state = self._core.state
         gone, come = state.notes.get(out), state.notes.get(pin.ref)
-        if come is None or not is_gpu(pin.device):
+        if come is None:
             return
         leaves = gone.artifact if gone is not None else None
-        problem = swap_problem(state, pin.device, leaves, come.artifact, pin.priority)
+        if is_gpu(pin.device):
+            problem = swap_problem(state, pin.device, leaves, come.artifact, pin.priority)
+        else:
+            problem = host_swap_problem(state, leaves, come.artifact)
         if problem is not None:
             raise CachedError(problem)
 

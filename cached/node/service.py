@@ -352,8 +352,16 @@ class Node:
     async def swap(
         self, out: Ref, ref: Ref, device: Device, wait: bool
     ) -> AsyncGenerator[Progress | ModelView]:
-        """Pin ``ref`` on a device and unpin ``out`` there, as one plan."""
+        """Pin ``ref`` on a device and unpin ``out`` there, as one plan. Before it is here nothing is changed:
+        with ``wait`` it is fetched first, else refused."""
         device = await self._meant(one_device, device)
+        if ref not in self._core.state.notes:
+            if not wait:
+                raise _not_swapped(ref)
+            async with contextlib.aclosing(self._until_there(ref, DISK, wait)) as steps:
+                async for step in steps:
+                    if isinstance(step, Progress):
+                        yield step
         await self._pins.swap(out, pin_of(ref, device))
         async with contextlib.aclosing(self._once_kept(ref, device, wait)) as steps:
             async for step in steps:
@@ -507,6 +515,15 @@ def _rules(settings: Settings) -> t.Rules:
         gpu_reserve_bytes=standby.gpu_reserve_bytes,
         claimed_grace_s=standby.claimed_grace_s,
         starting_s=standby.starting_s,
+    )
+
+
+def _not_swapped(ref: Ref) -> CachedError:
+    return permanent(
+        ErrorKind.PRECONDITION,
+        "NOT_HERE",
+        f"{ref} is not on this node, so whether it fits is not known",
+        "swap with --wait, which fetches it first, or 'cachectl prefetch' it",
     )
 
 

@@ -5,7 +5,7 @@ and its indexes in ``state``. Imports only the words of ``model``: no clock, no 
 """
 
 from cached.plan.apply import apply
-from cached.plan.decide import access_problem, evict_problem, is_read_soon, plan
+from cached.plan.decide import access_problem, evict_problem, host_swap_problem, is_read_soon, plan
 from cached.plan.gpus import swap_problem
 from cached.plan.state import Place, State, is_gpu
 from cached.plan.words import STANDBY_WAIT_S
@@ -17,6 +17,7 @@ __all__ = [
     "access_problem",
     "apply",
     "evict_problem",
+    "host_swap_problem",
     "is_gpu",
     "is_read_soon",
     "plan",

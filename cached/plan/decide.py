@@ -348,7 +348,7 @@ class _Draft(Tick):
             ledger.add(items)
             self.actions.append(t.Load(device, artifact_id))
             return 1
-        claimed = self._claimed_on(device, artifact_id)
+        claimed = self.claimed_on(device, artifact_id)
         if claimed.used_bytes + claimed.missing_bytes(items) > place.capacity_bytes:
             problem = _no_room_on_device(device, artifact_id, items, place.capacity_bytes, claimed.used_bytes)
             self.cannot_load(spot, problem)
@@ -363,7 +363,7 @@ class _Draft(Tick):
         steps = self.state.residencies.items()
         return [s for s, r in steps if s[0] == device and r.step is t.ResidentStep.RESIDENT]
 
-    def _claimed_on(self, device: Device, but: ArtifactId) -> Ledger:
+    def claimed_on(self, device: Device, but: ArtifactId) -> Ledger:
         """What may not be released: loading or claimed residents of the device, without this one."""
         ledger = Ledger()
         for spot, residency in self.state.residencies.items():
@@ -473,6 +473,22 @@ def access_problem(state: State, ref: Ref, fresh: bool, access: t.Access) -> Pro
             f"take require_digest off source {access.prefix!r}",
         )
     return None
+
+
+def host_swap_problem(state: State, out: ArtifactId | None, artifact: ArtifactId) -> Problem | None:
+    """Why ``artifact`` could not be pinned on the host in the place of ``out``, as gpus.swap_problem."""
+    place, spot = state.places.get(HOST), (HOST, artifact)
+    if place is None or place.inventory is None:
+        return no_standby_problem(HOST)
+    if artifact not in state.artifacts or state.is_resident(*spot):
+        return None
+    draft = _Draft(state, math.inf)
+    gone = state.claims_on(HOST, out) if out is not None else ()
+    draft.ended.update(claim.id for claim in gone if claim.kind is ClaimKind.PIN)
+    items, claimed = list(state.items_on(*spot)), draft.claimed_on(*spot)
+    if claimed.used_bytes + claimed.missing_bytes(items) <= place.capacity_bytes:
+        return None
+    return _no_room_on_device(HOST, artifact, items, place.capacity_bytes, claimed.used_bytes)
 
 
 def is_read_soon(state: State, key: RevisionKey) -> bool:

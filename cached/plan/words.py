@@ -50,7 +50,8 @@ def unfit_problem(device: Device, place: Place) -> Problem:
         ErrorKind.UNAVAILABLE,
         "GPU_UNFIT",
         f"{device} is not fit for use: {place.unfit_reason}",
-        "reset or replace the device ('nvidia-smi -q' and the kernel's log say more); "
+        "reset or replace the device ('nvidia-smi -q' and the kernel's log say more), with the preloader and "
+        "the daemon stopped, which keep it open; "
         "replicas get it from the host meanwhile",
         ROOM_RETRY_S,
     )

@@ -131,7 +131,8 @@ def test_what_is_pinned_on_a_gpu_outlives_every_death_but_the_machines(node: Gpu
     node.node.ctl(*swap)
     node.node.ctl(*swap)  # done already: the pin stays what it is
     assert "also on unclaimed GPUs" in node.node.ctl("show", node.refs[1]).stdout
-    assert "is not pinned" in node.node.ctl("swap", ref, node.refs[2], "--on", "cuda:0", code=3).stderr
+    assert "is not pinned" in node.node.ctl("swap", node.refs[2], ref, "--on", "cuda:0", code=3).stderr
+    assert "--wait" in node.node.ctl("swap", node.refs[1], node.refs[2], "--on", "cuda:0", code=1).stderr
     assert node.stands(node.refs[1], first) and node.stands(ref, first)  # somebody has it yet
     for fd in (lease, index, layout, *blocks):
         os.close(fd)
