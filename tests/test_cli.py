@@ -217,12 +217,14 @@ def test_gpus_are_shown_by_number_with_whose_they_are(daemon: Daemon, cachectl: 
         connected=True,
         remarks=["unfit, nothing may stand there: XID 79"],
     )
-    daemon.answers["Status"] = op.NodeStatus(places=[gpu])
+    instance = op.Place(device="cuda:MIG-11112222-3333", index=3, name="NVIDIA H200 MIG 1g", connected=True)
+    daemon.answers["Status"] = op.NodeStatus(places=[gpu, instance])
     lines = [" ".join(line.split()) for line in cachectl("status").out.splitlines()]
     assert "cuda:3 16.0 GB 0 B 149.0 GB 133.0 GB" in lines
+    assert "cuda:MIG-11112222 0 B 0 B - -" in lines, "its GPU's number is no name for an instance"
     assert f"cuda:3 NVIDIA H200 133.0 GB 150.0 GB 500.0 MB pod web/vllm-0 {GPU}" in lines
     assert "cuda:3: unfit, nothing may stand there: XID 79" in lines
-    (known,) = json.loads(cachectl("status", "-o", "json").out)["places"]
+    known, _ = json.loads(cachectl("status", "-o", "json").out)["places"]
     assert (known["gpu"]["index"], known["gpu"]["claimed_by"]) == (3, "pod web/vllm-0")
     there = pb.Residency(device=GPU, state="resident", bytes=5, locked=True, hits=2, last_used_at=time.time())
     daemon.answers["Get"] = a_model(devices=["disk", GPU], residencies=[there])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 
 import pytest
+from plan_bench import Bench
 
-from cached.model import DISK, CachedError, Claim, ClaimId, ClaimKind, ErrorKind, Ref
+from cached.model import DISK, CachedError, Claim, ClaimId, ClaimKind, Device, ErrorKind, Ref
 from cached.node.core import Core
+from cached.node.devices import meant, one_gpu
 from cached.plan import State
 from cached.plan import types as t
 
@@ -41,3 +43,17 @@ async def test_an_answer_reaches_who_waits_and_nobody_else_is_needed() -> None:
     core.answer(ClaimId("lease-0"))
     core.answer(ClaimId("lease-0"))
     assert future.result() is None
+
+
+def test_a_number_means_one_gpu_and_none_of_several_instances() -> None:
+    bench, one = Bench(), Device("cuda:MIG-1")
+    bench.gpu(one, 100)
+    assert one_gpu(bench.state, Device("cuda:0")) == one
+    bench.gpu(Device("cuda:MIG-2"), 100)
+    with pytest.raises(CachedError, match="2 instances of MIG") as caught:
+        meant(bench.state, Device("cuda:0"))
+    assert "cuda:MIG-1 or cuda:MIG-2" in caught.value.problem.hint
+    bench.happen(t.StandbyGone(one))
+    assert one_gpu(bench.state, one) == one, "its standby may only begin anew"
+    with pytest.raises(CachedError):
+        one_gpu(bench.state, Device("host"))

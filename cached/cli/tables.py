@@ -115,6 +115,8 @@ def uuids(listed: Iterable[op.Place]) -> list[str]:
 
 
 def _number(place: op.Place) -> str:
+    if place.device.startswith("cuda:MIG-"):  # all instances of a GPU have its number
+        return place.device[: words.SHORT_DEVICE]
     return f"cuda:{place.index}" if place.name else place.device
 
 

@@ -15,14 +15,18 @@ _NUMBER = re.compile(r"cuda:(\d{1,4})")
 
 
 def meant(state: State, device: Device) -> Device:
-    """``cuda:<number>`` by its UUID; anything else as it is. Raises CachedError (NO_SUCH_DEVICE)."""
+    """``cuda:<number>`` by its UUID; anything else as it is. Raises CachedError (NO_SUCH_DEVICE; BAD_DEVICE
+    where it is several instances of MIG)."""
     match = _NUMBER.fullmatch(device)
     if match is None:
         return device
-    for known, gpu in gpus(state).items():
-        if gpu.index == int(match[1]):
-            return known
-    raise _no_such(state, device)
+    found = [known for known, gpu in gpus(state).items() if gpu.index == int(match[1])]
+    if len(found) > 1:
+        what = f"{device} is split into {len(found)} instances of MIG"
+        raise permanent(ErrorKind.INVALID, "BAD_DEVICE", what, "name one: " + " or ".join(found))
+    if not found:
+        raise _no_such(state, device)
+    return found[0]
 
 
 def one_gpu(state: State, device: Device) -> Device:
