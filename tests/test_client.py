@@ -413,7 +413,11 @@ def test_the_daemon_is_told_when_the_holder_has_its_memory(daemon: FakeDaemon) -
         model.prefault()
         model.ready()
         assert daemon.ready == [model.lease_id]
+    asked = len(daemon.requests)
     command = [str(Path(sys.executable).parent / "cachectl"), "run", REF, "--on", "host"]
+    for absent, code in (("no-such-command", 127), (str(daemon.run_dir), 126)):
+        assert subprocess.run([*command, "--run-dir", str(daemon.run_dir), "--", absent]).returncode == code
+    assert len(daemon.requests) == asked, "nobody waits for what cannot be run"
     command += ["--run-dir", str(daemon.run_dir), "--ready-after", "0.1", "--", "sleep", "60"]
     with subprocess.Popen(command) as ran:
         assert eventually(lambda: len(daemon.ready) == 2)

@@ -7,9 +7,11 @@ that it starts inherit: it ends with the last of them, whatever becomes of this 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import time
@@ -104,6 +106,7 @@ def run(
     """
     from cached.client import acquire  # late: nobody who asks for help waits for it
 
+    _check_runs(command[0])
     with progress.shown() as shown:
         model = acquire(
             ref,
@@ -118,6 +121,13 @@ def run(
     lease_fd = os.dup(model.lease_fd)
     model.close()  # what it has mapped, on a GPU with a context of its own, is of no use here
     raise typer.Exit(_run(command, model, lease_fd, ready_after))
+
+
+def _check_runs(command: str) -> None:
+    """Nobody is to wait, and nothing to leave a GPU, for what cannot be run."""
+    if shutil.which(command) is None:
+        number = errno.EACCES if "/" in command and os.path.exists(command) else errno.ENOENT
+        raise _CannotRun(command, OSError(number, os.strerror(number)))
 
 
 def visible(room_on: str, env: Mapping[str, str]) -> str:
