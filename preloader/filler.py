@@ -27,6 +27,7 @@ from cached.fds import FramingError
 from cached.model import ArtifactId, CachedError, Digest, ErrorKind, permanent, temporary
 from preloader import wire
 from preloader.artifact import Content, open_blob, read_tensors
+from preloader.layout import bad_layout
 from preloader.memory.cuda import CudaMemory, CudaPiece, is_out_of_memory, no_room, refusal, survives
 from preloader.proving import Chunk, Work, threads_up_to
 from preloader.view import open_view
@@ -219,7 +220,10 @@ def _proofs(layouts: list[wire.BlobLayout], pieces: list[CudaPiece]) -> Iterator
         digests = iter(layout.digests)
         for chunk in piece.chunks:
             sizes = [segment.size_bytes for segment in piece.segments(chunk)]
-            yield _Proof(piece, layout.sha256, chunk, tuple(islice(digests, len(sizes))), sum(sizes))
+            expected = tuple(islice(digests, len(sizes)))
+            if len(expected) < len(sizes):
+                raise bad_layout(f"it lacks digests of blob {layout.sha256}")
+            yield _Proof(piece, layout.sha256, chunk, expected, sum(sizes))
 
 
 def _no_tensors(artifact: ArtifactId) -> CachedError:

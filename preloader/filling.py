@@ -16,13 +16,15 @@ from collections.abc import Callable
 from typing import Any
 
 from cached.fds import FramingError
-from cached.model import CachedError
+from cached.model import CachedError, temporary
 from preloader import wire
 from preloader.standing import too_many_files
 
 LOOK_EVERY_S = 0.25
 SILENT_S = 60.0
 """A filler that does something says so several times a second; this is for the driver's slow beginnings."""
+STUCK_S = 120.0
+"""One that says so and gets nowhere waits for a disk or a driver that hangs: no thread of it did a chunk."""
 MESSAGE_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 5.0
 FIRST_PAUSE_S = 0.5
@@ -105,17 +107,23 @@ class Filler:
     ) -> dict[str, Any]:
         connection = self._connected()
         wire.send(connection, job, descriptors)
+        told, moved_at = None, time.monotonic()
         while True:
             self._await_message(connection, go_on)
             message, received = wire.receive(connection)
             if "done" in message or "error" in message:
                 return message
             heard(message, received)
+            if message.get("progress") != told:
+                told, moved_at = message.get("progress"), time.monotonic()
+            elif time.monotonic() - moved_at > STUCK_S:
+                raise _stuck(told)
 
     def _await_message(self, connection: socket.socket, go_on: Callable[[], None]) -> None:
         poll = select.poll()  # which, unlike select, takes descriptors of any number
         poll.register(connection, select.POLLIN)
         deadline = time.monotonic() + SILENT_S
+        go_on()  # also where messages come as often as we look
         while not poll.poll(LOOK_EVERY_S * 1000):
             go_on()
             if time.monotonic() > deadline:
@@ -155,3 +163,12 @@ class Filler:
             pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self._deaths - 2, 10))
         self._start_at = time.monotonic() + pause_s
         return FillerDied(why, pause_s)
+
+
+def _stuck(told: list[int] | None) -> CachedError:
+    return temporary(
+        "FILLER_STUCK",
+        f"nothing moved for {STUCK_S:.0f} s (bytes done, in all: {told}), so it was ended",
+        "look at the disk with iostat and at the driver with dmesg",
+        retry_after_s=30.0,
+    )

@@ -42,7 +42,7 @@ CLOSE_TURN_S = 5.0
 TOLD_BYTES = 16 * 1024 * 1024
 """Changes of free memory below this are not worth telling."""
 MOST_SLACK_BYTES = 64 * 1024 * 1024
-PROVEN_LATER = {"GPU_OUT_OF_MEMORY", "GPU_NOT_READY", "FILLER_DIED", "TOO_MANY_FILES"}
+PROVEN_LATER = {"GPU_OUT_OF_MEMORY", "GPU_NOT_READY", "FILLER_DIED", "FILLER_STUCK", "TOO_MANY_FILES"}
 """Why a proof of what was adopted could not be made; any other reason speaks of the memory."""
 NEVER = threading.Event()
 T = TypeVar("T")
@@ -235,6 +235,10 @@ class Keeper:
             self._drop(list(self._residents))
             self._announce()
         self._filler.kill()
+        # Not here: where the driver does not let go of it, that takes long.
+        threading.Thread(target=self._end_filler, name="end filler", daemon=True).start()
+
+    def _end_filler(self) -> None:
         if self._working.acquire(timeout=CLOSE_TURN_S):  # whoever has it looks often whether to go on
             self._filler.end()
 
