@@ -86,8 +86,8 @@ class Parent:
         for child in self._children:
             if child.process is not None:
                 child.look(now)
-            elif child.start_at <= now:
-                self._selector.register(child.start(now), selectors.EVENT_READ, child)
+            elif child.start_at <= now and (pipe := child.start(now)) is not None:
+                self._selector.register(pipe, selectors.EVENT_READ, child)
 
     def _read(self, key: selectors.SelectorKey) -> None:
         data = os.read(key.fd, 65536)

@@ -62,9 +62,15 @@ class Child:
 
     # --- its life -----------------------------------------------------------------------------
 
-    def start(self, now: float) -> IO[bytes]:
-        """Start a process; returns the pipe that it talks through."""
-        self.process = self.spawn()
+    def start(self, now: float) -> IO[bytes] | None:
+        """Start a process; returns the pipe that it talks through, None where there can be no process now."""
+        try:
+            self.process = self.spawn()
+        except OSError as error:  # too many open files, too many processes; what stands is to outlast that
+            self._try_later(now)
+            said = logs.fields(child=self.name, error=str(error), again_in_s=self.start_at - now)
+            log.error("child does not start", extra=said)
+            return None
         self._started_at = self._read_at = now
         self._unread = b""
         assert self.process.stdout is not None
@@ -85,9 +91,12 @@ class Child:
         status = self._reap()
         if now - self._started_at >= HEALTHY_AFTER_S:
             self._pause_s = FIRST_PAUSE_S
-        self.start_at = now + self._pause_s
-        said = logs.fields(child=self.name, status=status, again_in_s=self._pause_s)
+        self._try_later(now)
+        said = logs.fields(child=self.name, status=status, again_in_s=self.start_at - now)
         log.warning("child ended", extra=said)
+
+    def _try_later(self, now: float) -> None:
+        self.start_at = now + self._pause_s
         self._pause_s = min(LONGEST_PAUSE_S, self._pause_s * 2)
 
     def close(self) -> None:

@@ -43,7 +43,10 @@ def parse_line(line: bytes) -> list[Found] | str:
         return str(words.get("missing"))
     if not isinstance(words, list):
         raise ValueError(f"neither devices nor the want of them: {line[:100]!r}")
-    return [_parse(entry) for entry in words]
+    try:
+        return [_parse(entry) for entry in words]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"a device is malformed ({error!r}): {line[:100]!r}") from error
 
 
 def is_uuid(text: str) -> bool:

@@ -47,6 +47,7 @@ class Gpus(Child):
         self._nodes: dict[int, int | None] = {}
         self._marked: dict[str, str] = {}
         self._without_path: set[str] = set()
+        self._not_begun: set[str] = set()
         self._speaks = False
         self._missing = ""
         self._said_missing = ""
@@ -59,7 +60,11 @@ class Gpus(Child):
         return subprocess.Popen([*command, "--marked", json.dumps(self._marked)], **TALKING)
 
     def heard(self, line: bytes) -> None:
-        found = parse_line(line)
+        try:
+            found = parse_line(line)
+        except ValueError as error:  # a library's own words, most likely: nothing that stands may end of it
+            log.error("a line of the inventory is not understood", extra=logs.fields(error=str(error)))
+            return
         self._speaks = True
         if isinstance(found, str):
             # Of no device, so none of them ends: the driver's files may just be replaced by others.
@@ -138,8 +143,15 @@ class Gpus(Child):
         from preloader.standby import GpuStandby  # late: it is large, and most nodes have no GPU
 
         node = self._nodes[device.minor]
-        self._standbys[device.uuid] = GpuStandby(device, node, self._sockets, self._data_dir)
         said = logs.fields(device=f"cuda:{device.uuid}", model=device.name, index=device.index)
+        try:
+            self._standbys[device.uuid] = GpuStandby(device, node, self._sockets, self._data_dir)
+        except (OSError, RuntimeError) as error:  # the other GPUs' memory is not to go for it
+            if device.uuid not in self._not_begun:
+                log.error("a standby does not begin", extra={**said, **logs.fields(error=str(error))})
+            self._not_begun.add(device.uuid)
+            return
+        self._not_begun.discard(device.uuid)
         log.info("standby serves", extra=said)
 
     def _end(self, uuid: str) -> None:

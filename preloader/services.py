@@ -306,8 +306,13 @@ def serve(standing: Standing, stem: Path) -> Callable[[], None]:
     """Serve at ``stem``.sock and ``stem``.fds.sock; returns what ends that and removes them."""
     paths = stem.with_name(f"{stem.name}.fds.sock"), stem.with_name(f"{stem.name}.sock")
     handoffs = DescriptorServer(standing)
-    handoffs.start(paths[0])
-    server = new_server(StandbyService(standing), paths[1])
+    try:
+        handoffs.start(paths[0])
+        server = new_server(StandbyService(standing), paths[1])
+    except BaseException:
+        handoffs.stop()
+        paths[0].unlink(missing_ok=True)
+        raise
 
     def stop() -> None:
         for path in paths:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -280,6 +281,23 @@ def test_an_ill_device_holds_nothing(gpus: gpukit.Gpus, two: Manifest) -> None:
         assert running.on(instance).reason().startswith("XID 79") and running.on(well).reason() == ""
 
 
+def test_what_stands_outlasts_a_parent_that_may_open_no_more_files(gpus: gpukit.Gpus, two: Manifest) -> None:
+    uuid = gpus.add()
+    with preloader(gpus) as running:
+        standby, pid = running.on(uuid), running.process.pid
+        standby.load(two)
+        limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        few = len(os.listdir(f"/proc/{pid}/fd")), limit[1]
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, few)
+        child = running.child("preloader.inventory")
+        assert child is not None
+        os.kill(child, signal.SIGKILL)
+        eventually(lambda: "child does not start" in (gpus.directory / "log").read_text())
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
+        eventually(lambda: running.child("preloader.inventory") is not None)
+        assert standby.residents() == [two.id]
+
+
 def test_a_successor_takes_what_the_daemon_kept(gpus: gpukit.Gpus, two: Manifest) -> None:
     """With the device's node, which the daemon keeps too; without, the driver frees the memory."""
     uuid = gpus.add()
@@ -434,7 +452,9 @@ def test_a_fillers_death_costs_what_was_not_sealed(kept: Kept, two: Manifest) ->
     assert kept.gpus.used_bytes(kept.uuid) == used
 
 
-def test_a_cancelled_or_refused_load_leaves_nothing(kept: Kept, two: Manifest) -> None:
+def test_a_cancelled_or_refused_load_leaves_nothing(
+    kept: Kept, two: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept.gpus.fail("cuMemcpyHtoDAsync", sleep_s=0.2)
     cancel = threading.Event()
     threading.Timer(0.5, cancel.set).start()
@@ -449,6 +469,14 @@ def test_a_cancelled_or_refused_load_leaves_nothing(kept: Kept, two: Manifest) -
     kept.gpus.fail("cuMemcpyHtoDAsync", sleep_s=0.2)
     with pytest.raises(CachedError, match="XID 79"):
         kept.load(two)
+    kept.unfit_reason = ""
+    eventually(lambda: not kept.keeper.inventory().gpu.unfit_reason)
+    monkeypatch.setattr("preloader.filling.STUCK_S", 0.5)
+    kept.gpus.fail("cuMemcpyHtoDAsync", sleep_s=10)  # the filler goes on to say how far it is
+    with pytest.raises(CachedError) as caught:
+        kept.load(two)
+    assert caught.value.problem.reason == "FILLER_STUCK" and caught.value.problem.temporary
+    assert kept.gpus.used_bytes(kept.uuid) == 0
 
 
 def test_what_cannot_be_proven_now_is_adopted_and_proven_later(

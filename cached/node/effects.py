@@ -7,6 +7,7 @@ Decides nothing; an outcome is never logged and forgotten, it becomes an event.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import Callable
@@ -284,7 +285,7 @@ class Effects:
         try:
             standby = self._standby(device)
             resident = await standby.load(artifact, lambda done, _: meter.update(done, time.monotonic()))
-            await standby.descriptors(artifact)
+            await self._keep(standby, artifact)
             outcome = "done"
             self._metrics.phase_took("load", time.monotonic() - began)
             log.info("resident", artifact=artifact, device=device, locked=resident.locked)
@@ -302,6 +303,15 @@ class Effects:
             self.loading.pop(spot)
             self._loads.pop(spot, None)
             self._metrics.load_ended(device, outcome)
+
+    async def _keep(self, standby: Standby, artifact: ArtifactId) -> None:
+        """Have duplicates of what was loaded. Where that fails it does not stand for us: it may take no room."""
+        try:
+            await standby.descriptors(artifact)
+        except CachedError:
+            with contextlib.suppress(CachedError):
+                await standby.release(artifact)
+            raise
 
     async def _prove_suspect(self, artifact: ArtifactId) -> None:
         """See whether the disk is wrong too. A proof that breaks off says nothing."""
