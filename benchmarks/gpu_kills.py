@@ -61,6 +61,8 @@ WITHIN_S = 60.0
 OTHER_UID = 65534
 BEARABLE = {"STANDBY_GONE", "WITHDRAWN", "HELD_BY_OTHER_UID", "DAEMON_UNREACHABLE", "NOT_HERE"}
 CYCLES = 4
+COPY_S = 0.2
+"""What each copy to a device takes, so that deaths come amid loads."""
 
 CONFIG = f"""
 [store]
@@ -110,6 +112,8 @@ class GpuKills:
         self._models = [_write(root / "origin" / name, name) for name in OWN_MIB]
         self._pins: dict[str, int] = {}
         self._replicas: list[Replica] = []
+        self._lost = False
+        """Whether memory that a replica has may have been loaded again: both that kept it died at once."""
         self.counts: Counter[str] = Counter()
         self.slowest_s = 0.0
 
@@ -119,6 +123,7 @@ class GpuKills:
         for model in self._models:
             self.node.prefetch(model.ref)
         eventually(lambda: len(self._gpu_places()) == 2)
+        self._gpus.fail("cuMemcpyHtoDAsync", sleep_s=COPY_S)
         for number in range(1, rounds + 1):
             self._round()
             if number % 10 == 0:
@@ -164,7 +169,7 @@ class GpuKills:
     def _die(self) -> None:
         deaths = [self._kill_filler] * 3 + [self._kill_parent] * 3 + [self._kill_daemon] * 3
         deaths += [self._kill_inventory, self._kill_host, self._restart_parent, self._restart_daemon]
-        death = self._chance.choice([*deaths, self._kill_filler_and_parent])
+        death = self._chance.choice([*deaths, self._kill_filler_and_parent, self._kill_both])
         death()
         self.counts[death.__name__.strip("_")] += 1
 
@@ -253,6 +258,13 @@ class GpuKills:
         self._kill_filler()
         self._kill_parent()
 
+    def _kill_both(self) -> None:
+        """Before the one can have given back to the other, or after."""
+        self._lost = bool(self._replicas)
+        self._kill_parent()
+        time.sleep(self._chance.choice([0.0, 1.0, 2.0]))
+        self._kill_daemon()
+
     def _restart_parent(self) -> None:
         if self.node.stop_preloader() != 0:
             raise WrongError("the preloader did not end well")
@@ -314,10 +326,15 @@ class GpuKills:
         others = {str(replica.process.pid) for replica in self._replicas}
         memory = self._gpus.directory / "memory" / self._uuids[number]
         self._gpus.used_bytes(self._uuids[number])  # what nobody holds is removed
-        found = [path for path in memory.iterdir() if path.name.split("-")[1] not in others]
-        used_bytes = sum(path.stat().st_size for path in found if path.name.startswith("mem-"))
-        due_bytes = _distinct_bytes(standing.values())
-        return "" if used_bytes == due_bytes else f"{used_bytes} bytes are used where {due_bytes} are shown"
+        found = [path for path in memory.glob("mem-*") if path.name.split("-")[1] not in others]
+        used_bytes, due_bytes = _bytes_of(found), _distinct_bytes(standing.values())
+        if used_bytes == due_bytes:
+            return ""
+        self._lost = self._lost and bool(self._replicas)
+        maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in others) if self._lost else ""
+        if _bytes_of([path for path in found if str(path) not in maps]) <= due_bytes < used_bytes:
+            return ""
+        return f"{used_bytes} bytes are used where {due_bytes} are shown"
 
     def _check_bytes(self) -> None:
         for replica in self._replicas:
@@ -467,6 +484,10 @@ def _write(folder: Path, name: str) -> Model:
 
 def _distinct_bytes(models) -> int:  # type: ignore[no-untyped-def]
     return sum({content: size for model in models for content, size in model.images.items()}.values())
+
+
+def _bytes_of(paths: list[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
 
 
 def _digest(descriptors: list[int]) -> str:
