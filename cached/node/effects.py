@@ -305,7 +305,7 @@ class Effects:
             self._metrics.load_ended(device, outcome)
 
     async def _keep(self, standby: Standby, artifact: ArtifactId) -> None:
-        """Have duplicates of what was loaded; where that fails it does not stand for us, so it may take no room."""
+        """Have duplicates of what was loaded; without them it does not stand for us, and may take no room."""
         try:
             await standby.descriptors(artifact)
         except CachedError:
