@@ -49,9 +49,12 @@ from gpukit import KIB, MIB, Gpus, machine  # noqa: E402
 from gpunode import REPLICA  # noqa: E402
 from kit import NodeKit, eventually, is_gone, said, write_model, write_safetensors, write_sums  # noqa: E402
 
-GPU_BYTES = 96 * MIB
+GPU_BYTES = 384 * MIB
+"""Enough for what replicas have of their own, so that nothing has to leave for want of memory."""
 CAPACITY_BYTES = 60 * MIB
-"""Less than the models have together; what is left is for the contexts of replicas."""
+"""Less than the models have together."""
+ROUNDING_BYTES = 6 * MIB
+"""The planner counts in larger granules than this device has."""
 GRANULARITY_BYTES = 64 * KIB
 SHARED_MIB = 8
 OWN_MIB = {"a": 10, "b": 12, "c": 6, "d": 20, "e": 36}
@@ -284,7 +287,7 @@ class GpuKills:
         self.node.serve("--config", str(self.node.root / "gpu.toml"), with_preloader=False)
 
     def _preload(self) -> None:
-        self.node.start_preloader("--dev-dir", str(self._gpus.dev))
+        self.node.start_preloader("--dev-dir", str(self._gpus.dev), "--same-group")
 
     # --- what must hold ---------------------------------------------------------------------
 
@@ -299,7 +302,7 @@ class GpuKills:
                 ref: residency.state
                 for ref, model in shown.items()
                 for residency in model.residencies
-                if residency.device == device
+                if residency.device == device and residency.state != "failed"  # for want of room, if at all
             }
             if set(steps.values()) - {"resident"}:
                 return f"{steps} on {device}"
@@ -315,7 +318,7 @@ class GpuKills:
             if self._pins.get(model.ref) != number or model.ref in standing:
                 continue
             held = [m for m in standing.values() if m.ref in self._pins or self._leased(m.ref)]
-            if _distinct_bytes([*held, model]) <= CAPACITY_BYTES:
+            if _distinct_bytes([*held, model]) <= CAPACITY_BYTES - ROUNDING_BYTES:
                 return f"{model.ref} is pinned and does not stand"
         return ""
 

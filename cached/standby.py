@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -207,11 +208,14 @@ class Standby:
         """Hand a GPU's kept duplicates to a standby that has begun anew and lacks them."""
         duplicates = self.kept[artifact]
         # Its own copies: ours may be closed, and their numbers reused, while a thread sends.
-        sent = tuple(map(os.dup, duplicates.fds))
+        sent: list[int] = []
         try:
-            _, received = await self._exchange({"adopt": artifact, "uid": duplicates.uid}, sent)
+            sent.extend(map(os.dup, duplicates.fds))
+            _, received = await self._exchange({"adopt": artifact, "uid": duplicates.uid}, tuple(sent))
+        except OSError as error:
+            raise self._broken(error) from error
         finally:
-            _close_all(sent)
+            _close_all(tuple(sent))
         _close_all(received)
         self._residents[artifact] = duplicates.resident
         return duplicates.resident
@@ -304,7 +308,19 @@ class Standby:
         self, request: dict[str, Any], sent: tuple[int, ...] = ()
     ) -> tuple[dict[str, Any], tuple[int, ...]]:
         """In a thread: one exchange on the descriptor socket."""
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                header, received = self._talk(connection, request, sent)
+        except (OSError, fds.FramingError) as error:
+            raise self._broken(error) from error
+        if "error" in header:
+            _close_all(tuple(received))
+            raise _from_header(header["error"])
+        return header, tuple(received)
+
+    def _talk(
+        self, connection: socket.socket, request: dict[str, Any], sent: tuple[int, ...]
+    ) -> tuple[dict[str, Any], list[int]]:
         self._connections.add(connection)
         try:
             connection.settimeout(ASK_TIMEOUT_S)
@@ -312,16 +328,9 @@ class Standby:
             if self._closed:  # from here on, close() wakes this thread
                 raise self._gone("the connection is closed")
             fds.send(connection, request, sent)
-            header, received = fds.receive(connection)
-        except (OSError, fds.FramingError) as error:
-            raise self._gone(str(error)) from error
+            return fds.receive(connection)
         finally:
             self._connections.discard(connection)
-            connection.close()
-        if "error" in header:
-            _close_all(tuple(received))
-            raise _from_header(header["error"])
-        return header, tuple(received)
 
     def _close_later(self, descriptors: tuple[int, ...]) -> None:
         if descriptors:
@@ -340,6 +349,13 @@ class Standby:
             "see that the preloader runs with the same run directory; its log says why it ended",
             retry_after_s=0.5,
         )
+
+    def _broken(self, error: OSError | fds.FramingError) -> CachedError:
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            return self._gone(str(error))
+        hint = "raise the daemon's limit on open files (RLIMIT_NOFILE)"
+        why = f"no descriptor is left to have what stands on {self.device}: {error.strerror}"
+        return temporary("TOO_MANY_FILES", why, hint, retry_after_s=5.0)
 
     def _translate(self, error: grpc.aio.AioRpcError) -> CachedError:
         """What a call ended with. Without a reason it did not come from the standby, but instead of it."""

@@ -79,6 +79,7 @@ class Gpus(Child):
         if self.silent_s(now) > most_s and self.process is not None:
             log.error("the inventory of GPUs is silent", extra=logs.fields(seconds=self.silent_s(now)))
             self.process.kill()
+            self._read_at = now  # where the driver does not let go of it, it is not told every second
 
     def ended(self, now: float) -> None:
         if not self._missing:

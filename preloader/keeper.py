@@ -100,6 +100,7 @@ class Keeper:
         self._used_bytes = used_bytes
         self._node = node  # its owner closes it, not before ``close``
         self._release_wait_s = release_wait_s
+        self._ended = False
         self._samples = self._known_from = 0
         self._blobs: dict[Digest, _Blob] = {}
         self._residents: dict[ArtifactId, _Held] = {}
@@ -176,10 +177,10 @@ class Keeper:
         again, it waits again.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._samples >= self._known_from, self._release_wait_s)
+            self._await(lambda: self._samples >= self._known_from)
             was_resident = artifact in self._residents
             self._drop([artifact] if was_resident else [])
-            self._changed.wait_for(lambda: not self._left_bytes(artifact), self._release_wait_s)
+            self._await(lambda: not self._left_bytes(artifact))
             left_bytes = self._left_bytes(artifact)
         if left_bytes:
             raise temporary(
@@ -189,6 +190,10 @@ class Keeper:
                 retry_after_s=5.0,
             )
         return was_resident
+
+    def _await(self, happens: Callable[[], bool]) -> None:
+        """For a while, with the condition taken; a process that ends does not wait for it."""
+        self._changed.wait_for(lambda: self._ended or happens(), self._release_wait_s)
 
     def adopt(self, artifact: ArtifactId, uid: int, descriptors: list[int]) -> None:
         """Take back a resident whose descriptors the daemon kept; harmless where it is resident already.
@@ -230,6 +235,7 @@ class Keeper:
     def close(self) -> None:
         """The device is gone, or this process ends: nothing stands here any more."""
         with self._changed:
+            self._ended = True
             self._node = None
             self._gpu = replace(self._gpu, unfit_reason="its standby has ended")
             self._drop(list(self._residents))
