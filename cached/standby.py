@@ -124,6 +124,7 @@ class Standby:
         self._stub = standby_pb2_grpc.StandbyStub(self._channel)
         self._threads = ThreadPoolExecutor(MAX_ASKING, f"standby-{device}")
         self._asking: dict[tuple[ArtifactId, int], asyncio.Task[tuple[int, ...]]] = {}
+        self._releasing: set[ArtifactId] = set()
         self._connections: set[socket.socket] = set()
         self._residents: dict[ArtifactId, Resident] = {}
         self._closed = False
@@ -161,15 +162,18 @@ class Standby:
         """Give its memory back. Harmless where it is not resident. A GPU's is free only once nobody has a
         descriptor of it open, so ours are closed first; the host's stay until ``forget``."""
         self._residents.pop(artifact, None)
-        if self._is_gpu:
-            asking = [task for (asked, _), task in self._asking.items() if asked == artifact]
-            await asyncio.gather(*asking, return_exceptions=True)
-            self.forget(artifact)
         request = standby_pb2.ReleaseRequest(artifact_id=artifact)
         try:
+            if self._is_gpu:
+                self._releasing.add(artifact)  # who asks from now on would have it stay
+                asking = [task for (asked, _), task in self._asking.items() if asked == artifact]
+                await asyncio.gather(*asking, return_exceptions=True)
+                self.forget(artifact)
             await self._stub.Release(request, timeout=RELEASE_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise self._translate(error) from error
+        finally:
+            self._releasing.discard(artifact)
 
     async def descriptors(self, artifact: ArtifactId, uid: int = NOBODY) -> tuple[int, ...]:
         """Its descriptors, in the standby's order, to be given to ``uid``. They stay ours; do not close them.
@@ -179,6 +183,8 @@ class Standby:
         that had them last; for another they are asked for anew, and proven again.
         """
         uid = uid if self._is_gpu else NOBODY
+        if artifact in self._releasing:
+            raise temporary("WITHDRAWN", f"{artifact} leaves {self.device}", "acquire again", 1.0)
         if self._are_good(artifact, uid):
             return self.kept[artifact].fds
         asking = self._asking.get((artifact, uid))

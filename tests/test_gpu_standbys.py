@@ -10,7 +10,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class Keeper(pb_grpc.StandbyServicer):
     hidden: ArtifactId | None = None
     asked: list[dict[str, Any]] = field(default_factory=list)
     open_at_release: list[int] = field(default_factory=list)
+    at_release: Callable[[], Awaitable[None]] | None = None
 
     async def __aenter__(self) -> Keeper:
         folder = self.run_dir / "standby"
@@ -119,6 +120,8 @@ class Keeper(pb_grpc.StandbyServicer):
             self.outside -= 1
             trailing = (("cached-reason", "HELD_OUTSIDE"), ("cached-retry-after-s", "1"))
             await context.abort(grpc.StatusCode.UNAVAILABLE, "somebody has it mapped", trailing)
+        if self.at_release is not None:
+            await self.at_release()
         self.open_at_release = [fd for fd in TAKEN if is_open(fd)]
         self.held.pop(ArtifactId(request.artifact_id), None)
         return pb.ReleaseResponse()
@@ -279,6 +282,8 @@ async def test_memory_outlives_its_standby_and_is_given_back_to_the_next(
     assert shell.kept() and os.fstat(shell.standbys._nodes[GPU])
     shell.standbys._gone_at[GPU] -= 3601
     await eventually(lambda: not shell.kept() and not shell.standbys._nodes)
+    (tmp_path / "standby/cuda-GPU-1a.sock").unlink(missing_ok=True)
+    await eventually(lambda: not shell.standbys._followed)
 
 
 async def test_what_cannot_be_given_back_is_let_go(tmp_path: Path, shell: Shell) -> None:
@@ -330,6 +335,15 @@ async def test_a_release_closes_our_duplicates_first_and_is_asked_until_it_is_fr
         keeper.fill(X)
         await eventually(lambda: bool(shell.kept()))
         TAKEN[:] = shell.kept()
+        asked = len(keeper.asked)
+
+        async def keep_it_again() -> None:
+            """As whoever keeps what stands may, who does not know yet."""
+            with pytest.raises(CachedError, match="leaves") as caught:
+                await shell.effects.standbys[GPU].descriptors(X)
+            assert caught.value.problem.reason == "WITHDRAWN" and len(keeper.asked) == asked
+
+        keeper.at_release = keep_it_again
         release = t.Release(GPU, X, "room")
         shell.core.post(t.Started(release))
         shell.effects.start(release)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -193,6 +195,18 @@ async def test_nobody_is_there(tmp_path: Path) -> None:
         )
     with pytest.raises(CachedError, match="is gone"):
         await standby.descriptors(NOBODY)
+    await standby.close()
+
+
+async def test_our_own_lack_of_descriptors_is_not_its_end(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standby = Standby(HOST, served.path)
+    with monkeypatch.context() as patched:
+        patched.setattr("cached.standby.socket.socket", Mock(side_effect=OSError(errno.EMFILE, "too many")))
+        with pytest.raises(CachedError) as caught:
+            await standby.descriptors(served.manifest.id)
+    assert caught.value.problem.reason == "TOO_MANY_FILES" and caught.value.problem.temporary
     await standby.close()
 
 

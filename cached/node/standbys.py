@@ -77,9 +77,11 @@ class Standbys:
             os.close(node)
 
     async def _follow(self, device: Device, path: Path) -> None:
-        while True:
+        """Until its socket is gone and nothing is kept for it: instances of MIG come and go for ever."""
+        while device in device_sockets(self._run_dir) or self._kept.get(device):
             await self._session(device, path)
             await asyncio.sleep(RECONNECT_S)
+        self._followed.discard(device)
 
     async def _session(self, device: Device, path: Path) -> None:
         """One connection, from its first inventory to its end."""
@@ -149,7 +151,8 @@ class Standbys:
             except CachedError as error:
                 if error.problem.reason == "STANDBY_GONE":
                     return
-                self._tell(standby.device, resident.artifact, error)
+                if error.problem.reason != "WITHDRAWN":
+                    self._tell(standby.device, resident.artifact, error)
 
     async def _heed(self, standby: Standby, inventory: Inventory, gpu: Gpu) -> None:
         """A GPU's figures have changed, or it has given up residents by itself."""
