@@ -61,6 +61,8 @@ OWN_MIB = {"a": 10, "b": 12, "c": 6, "d": 20, "e": 36}
 SHARING = "abc"
 MOST_REPLICAS = 3
 WITHIN_S = 60.0
+SLOW_S = 8.0
+"""What takes longer is told, with what was waited for."""
 OTHER_UID = 65534
 BEARABLE = {"STANDBY_GONE", "WITHDRAWN", "HELD_BY_OTHER_UID", "DAEMON_UNREACHABLE", "NOT_HERE"}
 CYCLES = 4
@@ -154,14 +156,17 @@ class GpuKills:
         self._check_bytes()
 
     def _settle(self) -> None:
-        wrong = ""
+        wrong, began = "", time.monotonic()
 
         def settled() -> bool:
             nonlocal wrong
+            before = wrong
             try:
                 wrong = self._unsettled()
             except CachedError as error:
                 wrong = f"{error.reason}: {error}"
+            if before != wrong and time.monotonic() > began + SLOW_S:
+                self._say(f"waited {time.monotonic() - began:.0f} s: {before}")
             return not wrong
 
         try:
