@@ -12,6 +12,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 SILENT_S = 10.0
 FIRST_SILENT_S = 60.0
 """Until its first line, for NVML may have to wake every GPU first."""
+GONE_AFTER_S = 3.0
+"""One look that NVML fails at, just after its start, is not to cost all that stands on a device."""
 ASK_AGAIN_S = 60.0
 """How often it is seen whether there is an NVML by now."""
 ASK_SOON_S = 5.0
@@ -45,6 +48,9 @@ class Gpus(Child):
         self._dev_dir = dev_dir
         self._standbys: dict[str, GpuStandby] = {}
         self._nodes: dict[int, int | None] = {}
+        self._known: dict[str, Found] = {}
+        self._missed: dict[str, float] = {}
+        """Since when each of those was not told of."""
         self._marked: dict[str, str] = {}
         self._without_path: set[str] = set()
         self._not_begun: set[str] = set()
@@ -93,7 +99,9 @@ class Gpus(Child):
 
     def close(self) -> None:
         super().close()
-        self._are([])
+        for uuid in list(self._standbys):
+            self._end(uuid)
+        self._hold_nodes(set())
 
     # --- the devices ------------------------------------------------------------------------------
 
@@ -114,10 +122,16 @@ class Gpus(Child):
         return False
 
     def _are(self, found: list[Found]) -> None:
-        """These there are now, and no others."""
-        for uuid in self._standbys.keys() - {device.uuid for device in found}:
-            self._end(uuid)
-        self._hold_nodes({device.minor for device in found})
+        """These there are now; another that there was ends once it was missed for a while."""
+        now = time.monotonic()
+        self._known |= {device.uuid: device for device in found}
+        missed = self._known.keys() - {device.uuid for device in found}
+        self._missed = {uuid: self._missed.get(uuid, now) for uuid in missed}
+        for uuid in [uuid for uuid, since in self._missed.items() if now - since > GONE_AFTER_S]:
+            del self._known[uuid], self._missed[uuid]
+            if uuid in self._standbys:
+                self._end(uuid)
+        self._hold_nodes({device.minor for device in self._known.values()})
         for device in found:
             if device.uuid in self._standbys:
                 self._standbys[device.uuid].update(device)

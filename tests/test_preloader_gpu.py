@@ -293,8 +293,10 @@ def test_what_stands_outlasts_a_parent_that_may_open_no_more_files(gpus: gpukit.
         assert child is not None
         os.kill(child, signal.SIGKILL)
         eventually(lambda: "child does not start" in (gpus.directory / "log").read_text())
+        gpus.fail("nvmlDeviceGetHandleByIndex", "NVML_ERROR_UNKNOWN", times=2)  # nor one that NVML misses
         resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
-        eventually(lambda: running.child("preloader.inventory") is not None)
+        eventually(lambda: not (gpus.directory / "fail/nvmlDeviceGetHandleByIndex").exists())
+        time.sleep(0.5)
         assert standby.residents() == [two.id]
 
 

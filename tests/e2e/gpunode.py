@@ -44,7 +44,8 @@ class GpuNode:
         self.kit.serve("--config", str(self.kit.root / "gpu.toml"), with_preloader=False)
 
     def preload(self) -> None:
-        self.kit.start_preloader("--dev-dir", str(self.gpus.dev))
+        # What else locks pages in this control group meanwhile would be taken for charged elsewhere.
+        self.kit.start_preloader("--dev-dir", str(self.gpus.dev), "--same-group")
 
     def device(self, number: int) -> str:
         return f"cuda:{self.uuids[number]}"
