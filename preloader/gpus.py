@@ -143,16 +143,17 @@ class Gpus(Child):
             fd = self._nodes.pop(minor)
             if fd is not None:
                 os.close(fd)
-        for minor in minors - self._nodes.keys():
+        for minor in [minor for minor in minors if self._nodes.get(minor) is None]:
             path = self._dev_dir / f"nvidia{minor}"
             try:
                 self._nodes[minor] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             except OSError as error:
-                self._nodes[minor] = None
-                said = logs.fields(path=str(path), error=error.strerror)
-                log.warning(
-                    "a GPU's node cannot be kept open: its memory may go with its last user", extra=said
-                )
+                if minor not in self._nodes:
+                    said = logs.fields(path=str(path), error=error.strerror)
+                    log.warning(
+                        "a GPU's node cannot be kept open: its memory may go with its last user", extra=said
+                    )
+                self._nodes[minor] = None  # it may come, and is looked for again
 
     def _begin(self, device: Found) -> None:
         from preloader.standby import GpuStandby  # late: it is large, and most nodes have no GPU
