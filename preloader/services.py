@@ -160,9 +160,6 @@ class DescriptorServer:
                 self._exchange(connection)
         except (OSError, fds.FramingError) as error:
             log.warning("a handoff broke off", extra=logs.fields(error=str(error)))
-        except Exception:
-            log.exception("a handoff failed")
-            raise
         finally:
             self._slots.release()
 
@@ -175,8 +172,13 @@ class DescriptorServer:
                 close_all(received)
                 answer = self._node if "node" in request else self._given
                 self._send(connection, *answer(request))
+        except (OSError, fds.FramingError):
+            raise
         except CachedError as error:
             fds.send(connection, {"error": problem_to_json(error.problem)})
+        except Exception as error:  # a bug of ours: whoever took it for our end would ask the same for ever
+            log.exception("a handoff failed")
+            fds.send(connection, {"error": problem_to_json(_internal(error))})
 
     def _adopt(self, connection: socket.socket, request: dict[str, Any], received: list[int]) -> None:
         try:
@@ -234,6 +236,11 @@ def _timed_load(standing: Standing, artifact: ArtifactId, meter: _Meter, cancel:
     said = logs.fields(artifact=artifact, bytes=resident.size_bytes, locked=resident.locked, seconds=took)
     log.info("resident", extra=said)
     return resident
+
+
+def _internal(error: Exception) -> Problem:
+    words = f"the preloader failed at this: {error!r}"
+    return Problem(ErrorKind.FAILED, "INTERNAL", words, "see the preloader's log", None)
 
 
 def _ended(future: Future[Resident]) -> bool:

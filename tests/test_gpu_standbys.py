@@ -70,6 +70,8 @@ class Keeper(pb_grpc.StandbyServicer):
     asked: list[dict[str, Any]] = field(default_factory=list)
     open_at_release: list[int] = field(default_factory=list)
     at_release: Callable[[], Awaitable[None]] | None = None
+    lacking: bool = False
+    """Whether it has no descriptors left for handoffs."""
 
     async def __aenter__(self) -> Keeper:
         folder = self.run_dir / "standby"
@@ -113,6 +115,10 @@ class Keeper(pb_grpc.StandbyServicer):
         )
         return pb.Inventory(device=GPU, pid=7, limit_bytes=80 * 2**30, residents=residents, gpu=gpu)
 
+    async def Load(self, request: pb.LoadRequest, context: object) -> AsyncIterator[pb.LoadEvent]:
+        self.fill(ArtifactId(request.artifact_id))
+        yield pb.LoadEvent(done=pb.Resident(artifact_id=request.artifact_id, bytes=MIB, locked=True))
+
     async def Release(
         self, request: pb.ReleaseRequest, context: grpc.aio.ServicerContext
     ) -> pb.ReleaseResponse:
@@ -143,6 +149,9 @@ class Keeper(pb_grpc.StandbyServicer):
                 if "adopt" in request and self.unfit:
                     words = {"reason": "GPU_UNFIT", "message": self.unfit, "hint": ""}
                     fds.send(connection, {"error": words | {"kind": "unavailable", "retry_after_s": 1}})
+                elif self.lacking:
+                    words = {"reason": "TOO_MANY_FILES", "message": "none is left", "hint": ""}
+                    fds.send(connection, {"error": words | {"kind": "unavailable", "retry_after_s": 5}})
                 elif "adopt" in request:
                     self.held[ArtifactId(request["adopt"])] = tuple(received)
                     fds.send(connection, {"adopted": True})
@@ -353,6 +362,16 @@ async def test_a_release_closes_our_duplicates_first_and_is_asked_until_it_is_fr
         assert keeper.open_at_release == []
         with pytest.raises(CachedError, match="not resident"):
             await shell.effects.standbys[GPU].descriptors(X, 1000)
+
+
+async def test_what_was_loaded_and_cannot_be_kept_takes_no_room(tmp_path: Path, shell: Shell) -> None:
+    async with Keeper(tmp_path, lacking=True) as keeper:
+        await eventually(lambda: GPU in shell.effects.standbys)
+        load = t.Load(GPU, X)
+        shell.core.post(t.Started(load))
+        shell.effects.start(load)
+        await eventually(lambda: (GPU, X) in shell.core.state.residencies and _problem(shell) != "")
+        assert _problem(shell) == "TOO_MANY_FILES" and not keeper.held
 
 
 def _problem(shell: Shell) -> str:
