@@ -65,6 +65,16 @@ SLOW_S = 8.0
 """What takes longer is told, with what was waited for."""
 OTHER_UID = 65534
 BEARABLE = {"STANDBY_GONE", "WITHDRAWN", "HELD_BY_OTHER_UID", "DAEMON_UNREACHABLE", "NOT_HERE"}
+FAULTS = (
+    ("cuMemCreate", "CUDA_ERROR_OUT_OF_MEMORY"),
+    ("cuMemSetAccess", "CUDA_ERROR_UNKNOWN"),
+    ("cuMemExportToShareableHandle", "killed"),
+    ("cuMemImportFromShareableHandle", "killed"),
+    ("cuDevicePrimaryCtxRetain", "CUDA_ERROR_OUT_OF_MEMORY"),
+    ("nvmlDeviceGetMemoryInfo", "NVML_ERROR_UNKNOWN"),
+    ("nvmlDeviceGetHandleByIndex", "NVML_ERROR_UNKNOWN"),
+)
+"""What fails once in some rounds; killed is who called."""
 CYCLES = 4
 COPY_S = 0.2
 """What each copy to a device takes, so that deaths come amid loads."""
@@ -146,14 +156,26 @@ class GpuKills:
             self._chance.choice([self._pin, self._pin, self._unpin, self._swap, self._evict])()
         if self._chance.random() < 0.4:
             self._replica()
+        elif self._chance.random() < 0.5:
+            self._fault()
         time.sleep(self._chance.choice([0.0, 0.1, 0.4, 1.0]) * self._chance.random())
         self._die()
         if self._replicas and self._chance.random() < 0.3:
             self._kill_replica()
+        for call, _ in FAULTS:
+            self._gpus.heal(call)
         began = time.monotonic()
         self._settle()
         self.slowest_s = max(self.slowest_s, time.monotonic() - began)
         self._check_bytes()
+
+    def _fault(self) -> None:
+        if any(not replica.device for replica in self._replicas):
+            return  # it is for us, and not for one that acquires
+        call, error = self._chance.choice(FAULTS)
+        self._gpus.fail(call, "" if error == "killed" else error, times=1, kill=error == "killed")
+        self._lost = bool(self._replicas)  # what cannot be proven now may be loaded anew
+        self.counts["faults"] += 1
 
     def _settle(self) -> None:
         wrong, began = "", time.monotonic()
