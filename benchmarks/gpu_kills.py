@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +98,7 @@ class WrongError(Exception):
 
 @dataclass(frozen=True)
 class Model:
-    """``files`` are digests of each file's tensors; ``images`` what each content takes on a GPU."""
+    """``digest`` is of all its tensors; ``images`` what each content takes on a GPU, in bytes."""
 
     ref: str
     digest: str
@@ -415,7 +415,7 @@ class GpuKills:
                 os.close(fd)
 
     @contextlib.contextmanager
-    def _as_somebody(self):  # type: ignore[no-untyped-def]
+    def _as_somebody(self) -> Iterator[None]:
         """Now and then as another uid, where this one may become it."""
         change = os.geteuid() == 0 and self._chance.random() < 0.3
         if change:
@@ -512,7 +512,7 @@ def _write(folder: Path, name: str) -> Model:
     return Model(f"file://{folder}/", digest.hexdigest(), images)
 
 
-def _distinct_bytes(models) -> int:  # type: ignore[no-untyped-def]
+def _distinct_bytes(models: Iterable[Model]) -> int:
     return sum({content: size for model in models for content, size in model.images.items()}.values())
 
 
