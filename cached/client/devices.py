@@ -83,6 +83,9 @@ def _wanted(on: str, at: int) -> Wish:
     if on == "cuda" or on.startswith("cuda:"):
         gpu = _find(on, at)
         return Wish(HOST, _names(gpu), gpu, streams=True)
+    if on not in ("", DISK, HOST):
+        hint = "write disk, host, auto, cuda, cuda:N as torch counts, or cuda:GPU-<uuid>"
+        raise CachedError("INVALID_ARGUMENT", "BAD_DEVICE", f"{on[:100]!r} is no device", hint)
     return Wish(on or DISK)
 
 
@@ -103,10 +106,10 @@ def _find(on: str, at: int) -> Gpu:
             "give the process a GPU, its driver and cuda-bindings (in a forked child there is none), "
             "or acquire on='auto' or on='host'"
         )
-        message = f"on={on!r}: CUDA cannot be used here: {error}"
+        message = f"{on}: CUDA cannot be used here: {error}"
         raise CachedError("FAILED_PRECONDITION", "NO_GPU", message, hint) from error
     if gpu is None:
-        message = f"on={on!r}: this process sees {len(gpus)} GPUs, and not that one"
+        message = f"{on}: this process sees {len(gpus)} GPUs, and not that one"
         raise CachedError("FAILED_PRECONDITION", "NO_GPU", message, "see CUDA_VISIBLE_DEVICES, nvidia-smi -L")
     return gpu
 
