@@ -97,7 +97,8 @@ class HandoffServer:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._listener is not None:
             self._listener.close()
-        self._threads.shutdown(wait=False)
+        # Their connections are shut, so that they end at once.
+        await asyncio.get_running_loop().run_in_executor(None, self._threads.shutdown)
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()

@@ -78,7 +78,7 @@ class Effects:
         self._committing: set[RevisionKey] = set()
         self._background: dict[RevisionKey, bool] = {}
         self.durable: set[ClaimId] = set()
-        self._used: dict[ArtifactId, float] = {}
+        self._using: dict[ArtifactId, bool] = {}
         self.origin_bytes = 0
 
     def start(self, action: t.Action) -> None:
@@ -236,7 +236,6 @@ class Effects:
         size_bytes = self.core.state.artifacts[artifact].artifact.size_bytes
         log.info("evicting", artifact=artifact, size_bytes=size_bytes, why=why)
         await self._disk.call(self._store.evict, artifact, drop)
-        self._used.pop(artifact, None)
         self._metrics.evicted(size_bytes)
         self.core.post(t.Evicted(artifact))
         self.capacity.poke()
@@ -370,19 +369,23 @@ class Effects:
             self.used(claim.artifact)
 
     def used(self, artifact: ArtifactId) -> None:
-        """Write down that it was in use until now, unless it was just done: nobody waits for it, and all that
-        want the disk's thread would wait behind it."""
-        now = time.monotonic()
-        if now - self._used.get(artifact, -USE_EVERY_S) >= USE_EVERY_S:
-            self._used[artifact] = now
+        """Write down that it was in use until now: at once, and then now and then, for nobody waits for it,
+        and all that want the disk's thread would wait behind it."""
+        begun = artifact in self._using
+        self._using[artifact] = True
+        if not begun:
             self.core.spawn(self._use(artifact), f"use {artifact}")
 
     async def _use(self, artifact: ArtifactId) -> None:
         """No promise: where that fails, it counts as colder."""
-        try:
-            await self._disk.call(self._store.touch, artifact, time.time())
-        except CachedError as error:
-            self._tell(error.problem, artifact=artifact)
+        while self._using[artifact]:
+            self._using[artifact] = False
+            try:
+                await self._disk.call(self._store.touch, artifact, time.time())
+            except CachedError as error:
+                self._tell(error.problem, artifact=artifact)
+            await asyncio.sleep(USE_EVERY_S)
+        del self._using[artifact]
 
     async def promise(self, claim: Claim) -> None:
         """Write a claim down; once this returns, it survives everything."""

@@ -118,6 +118,7 @@ OPERATOR_CALLS: dict[str, Callable[[Any], Any]] = {
     "Prefetch": lambda stub: stub.Prefetch(op.PrefetchRequest(ref="file:///m")),
     "Pin": lambda stub: stub.Pin(op.PinRequest(ref="file:///m")),
     "Unpin": lambda stub: stub.Unpin(op.UnpinRequest(ref="file:///m")),
+    "Swap": lambda stub: list(stub.Swap(op.SwapRequest(out="file:///m", ref="file:///n", device="host"))),
     "Evict": lambda stub: stub.Evict(op.EvictRequest(ref="file:///m")),
     "Verify": lambda stub: stub.Verify(op.VerifyRequest()),
     "Status": lambda stub: stub.Status(op.StatusRequest()),
