@@ -64,6 +64,7 @@ async def serve(path: str) -> None:
 
 async def kept(path: str, run_dir: Path, ref: str, seconds: float) -> Trips:
     from cached.client import granting, handoff
+    from cached.client.devices import Wish
     from cached.v1.model_cache_pb2_grpc import ModelCacheStub
 
     replicas = run_dir / "replicas"
@@ -74,13 +75,11 @@ async def kept(path: str, run_dir: Path, ref: str, seconds: float) -> Trips:
         call, stub = bare.unary_unary(METHOD), ModelCacheStub(channel)
 
         async def acquire(device: str) -> None:
-            request = granting.make_request(ref, device, False, os.environ)
+            request = granting.make_request(ref, Wish(device), False, os.environ)
             token = ""
             async for event in stub.Acquire(request, timeout=START_S):
                 token = event.grant.token or token
-            taken = handoff.redeem(replicas / "handoff.sock", token, START_S)
-            for fd in (taken.lease_fd, *taken.blob_fds.values()):
-                os.close(fd)
+            handoff.redeem(replicas / "handoff.sock", token, START_S).close()
 
         trips: dict[str, list[float]] = {"bare": [], **{device: [] for device in DEVICES}}
         until = time.monotonic() + seconds
