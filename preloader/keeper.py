@@ -42,8 +42,6 @@ CLOSE_TURN_S = 5.0
 TOLD_BYTES = 16 * 1024 * 1024
 """Changes of free memory below this are not worth telling."""
 MOST_SLACK_BYTES = 64 * 1024 * 1024
-LOST_AFTER_LOOKS = 3
-"""So often in a row has the device to report less in use than is held here, before that is lost."""
 PROVEN_LATER = {"GPU_OUT_OF_MEMORY", "GPU_NOT_READY", "FILLER_DIED", "FILLER_STUCK", "TOO_MANY_FILES"}
 """Why a proof of what was adopted could not be made; any other reason speaks of the memory."""
 NEVER = threading.Event()
@@ -103,7 +101,7 @@ class Keeper:
         self._node = node  # its owner closes it, not before ``close``
         self._release_wait_s = release_wait_s
         self._ended = False
-        self._samples = self._known_from = self._missed_looks = 0
+        self._samples = self._known_from = 0
         self._blobs: dict[Digest, _Blob] = {}
         self._residents: dict[ArtifactId, _Held] = {}
         self._outside: list[_Outside] = []
@@ -221,14 +219,14 @@ class Keeper:
                         self._let_go(fresh)
 
     def update(self, gpu: Gpu, used_bytes: int) -> None:
-        """What the device reports now. One that is unfit, or has lost its memory, holds nothing any more."""
+        """What the device reports now. An unfit one holds nothing any more."""
         self._filler.reap()
         with self._changed:
             freed_bytes, self._used_bytes = self._used_bytes - used_bytes, used_bytes
             self._samples += 1
             self._account(max(0, freed_bytes))
             self._gpu = replace(gpu, outside_bytes=self._left_bytes())
-            if gpu.unfit_reason or self._is_lost():
+            if gpu.unfit_reason:
                 self._drop(list(self._residents))
             if _worth_telling(self._told, self._gpu):
                 self._announce()
@@ -491,21 +489,8 @@ class Keeper:
         """Each drop of what is used counts for one release, in their order; and what was given back can be
         no more than what is used and not held here."""
         self._settle(freed_bytes)
-        self._settle(self._left_bytes() - max(0, self._used_bytes - self._held_bytes()))
-
-    def _is_lost(self) -> bool:
-        """Whether the driver has freed what is held here, as when nobody has the device's node open."""
-        held_bytes = self._held_bytes()
-        missing_bytes = held_bytes - self._used_bytes
-        missed = missing_bytes > min(MOST_SLACK_BYTES, held_bytes // 8)
-        self._missed_looks = self._missed_looks + 1 if missed else 0
-        if self._missed_looks == LOST_AFTER_LOOKS:
-            said = logs.fields(device=self._device, held_bytes=held_bytes, used_bytes=self._used_bytes)
-            log.error("memory is gone: somebody has to keep the device's node open", extra=said)
-        return self._missed_looks >= LOST_AFTER_LOOKS
-
-    def _held_bytes(self) -> int:
-        return sum(blob.laid.size_bytes for blob in self._blobs.values())
+        held_bytes = sum(blob.laid.size_bytes for blob in self._blobs.values())
+        self._settle(self._left_bytes() - max(0, self._used_bytes - held_bytes))
 
     def _settle(self, freed_bytes: int) -> None:
         for outside in self._outside:
