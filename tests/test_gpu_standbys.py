@@ -253,6 +253,7 @@ async def test_a_copy_is_shared_within_one_uid_and_proven_for_the_next(tmp_path:
                 await handed(artifact, 2000)
             problem = caught.value.problem
             assert (problem.reason, problem.temporary) == ("HELD_BY_OTHER_UID", True)
+            assert "declares" not in problem.message and "1000" not in problem.message  # nor who it is
         assert len(keeper.asked) == asked
         for package in (first, second):
             shell.core.end(ClaimId(str(package.header["lease_id"])))

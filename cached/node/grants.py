@@ -23,7 +23,6 @@ from cached.model import (
     CachedError,
     Claim,
     ClaimId,
-    ClaimKind,
     Device,
     ErrorKind,
     Holder,
@@ -34,13 +33,13 @@ from cached.node.core import Core
 from cached.node.disk import Disk
 from cached.node.effects import Effects
 from cached.node.views import ModelView
+from cached.plan import sharing_problem
 from cached.plan import types as t
 from cached.standby import Standby, is_gpu
 from cached.store import Store
 
 LEASES_EVERY_S = 0.25
 TOKEN_LIFE_S = 30.0
-OTHER_UID_RETRY_S = 5.0
 
 log = structlog.get_logger("cached.node")
 
@@ -187,16 +186,9 @@ class Grants:
 
         Raises CachedError (HELD_BY_OTHER_UID) while a lease of another's lives on any of its contents.
         """
-        state = self._core.state
-        wanted = set(state.artifacts[artifact].artifact.images)
-        for (device, near), claims in state.on.items():
-            known = state.artifacts.get(near)
-            if device != claim.device or known is None or wanted.isdisjoint(known.artifact.images):
-                continue
-            for other in map(state.claims.__getitem__, claims):
-                seen = other.holder.uid if other.holder is not None else None
-                if other.kind is ClaimKind.LEASE and other.id != claim.id and seen not in (None, uid):
-                    raise _held_by(claim, other, uid)
+        problem = sharing_problem(self._core.state, claim, artifact, uid)
+        if problem is not None:
+            raise CachedError(problem)
         # Known at once, so that nobody else is given it while the standby is asked.
         assert claim.holder is not None
         self._core.post(t.Held(claim.id, claim.holder))
@@ -254,16 +246,6 @@ def _seen(holder: Holder | None, uid: int) -> Holder:
 
 def _withdrawn(ref: str) -> CachedError:
     return temporary("WITHDRAWN", f"{ref} was withdrawn while it was handed out", "acquire again", 1.0)
-
-
-def _held_by(claim: Claim, other: Claim, uid: int) -> CachedError:
-    holder = other.holder.words() if other.holder is not None else "somebody"
-    return temporary(
-        "HELD_BY_OTHER_UID",
-        f"{claim.ref} on {claim.device} is shared within one uid, and {holder} holds it; this is uid {uid}",
-        "run replicas that are to share a GPU's copy as one uid, or acquire it from host or disk",
-        OTHER_UID_RETRY_S,
-    )
 
 
 def _standby_lost(device: Device) -> CachedError:

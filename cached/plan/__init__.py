@@ -6,7 +6,7 @@ and its indexes in ``state``. Imports only the words of ``model``: no clock, no 
 
 from cached.plan.apply import apply
 from cached.plan.decide import access_problem, evict_problem, host_swap_problem, is_read_soon, plan
-from cached.plan.gpus import swap_problem
+from cached.plan.gpus import sharing_problem, swap_problem
 from cached.plan.state import Place, State, is_gpu
 from cached.plan.words import STANDBY_WAIT_S
 
@@ -21,5 +21,6 @@ __all__ = [
     "is_gpu",
     "is_read_soon",
     "plan",
+    "sharing_problem",
     "swap_problem",
 ]

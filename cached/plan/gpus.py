@@ -29,6 +29,7 @@ from cached.model import (
     ArtifactId,
     Claim,
     ClaimId,
+    ClaimKind,
     Device,
     ErrorKind,
     Problem,
@@ -47,6 +48,7 @@ from cached.plan.words import (
     no_standby_problem,
     no_tensors_problem,
     not_pinned_problem,
+    other_uid_problem,
     unfit_problem,
 )
 
@@ -281,3 +283,18 @@ def swap_problem(
     leaving = [s for s in memory.may_leave(device) if s in below or s[1] == out]
     fits = memory.to_load(spot, leaving, memory.spare_bytes(spot)) is not None
     return None if fits else memory.no_room_to_load(spot, leaving)
+
+
+def sharing_problem(state: State, claim: Claim, artifact: ArtifactId, uid: int) -> Problem | None:
+    """Why ``uid`` is not given an artifact on a GPU now: whoever holds its memory could write to it, so only
+    one uid has any of its contents at a time. None where it may."""
+    wanted = set(state.artifacts[artifact].artifact.images)
+    for (device, near), claims in state.on.items():
+        known = state.artifacts.get(near)
+        if device != claim.device or known is None or wanted.isdisjoint(known.artifact.images):
+            continue
+        for other in map(state.claims.__getitem__, claims):
+            seen = other.holder.uid if other.holder is not None else None
+            if other.kind is ClaimKind.LEASE and other.id != claim.id and seen not in (None, uid):
+                return other_uid_problem(claim, uid)
+    return None

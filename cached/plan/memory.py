@@ -20,7 +20,6 @@ from cached.plan.state import Spot, is_gpu, is_moving, is_standing
 from cached.plan.tick import Tick
 from cached.plan.words import (
     ROOM_RETRY_S,
-    claim_words,
     gb,
     given_problem,
     name_of,
@@ -245,7 +244,8 @@ class Memory:
     def _holder_words(self, spot: Spot) -> str:
         residency = self.state.residencies[spot]
         found = (c for c in self.state.claims_on(*spot) if c.id not in self.tick.ended)
-        claims = [claim_words(c) for c in sorted(found, key=lambda c: c.kind is ClaimKind.PIN)]
+        # Replicas are told, too, and do not see each other: who it is, `cachectl show` tells operators.
+        claims = [f"a {c.kind.value}" for c in sorted(found, key=lambda c: c.kind is ClaimKind.PIN)]
         size = gb(sum(size for _, size in residency.items))
         why = residency.step.value if not claims else f"held by {claims[0]}"
         others = f" and {len(claims) - 1} more" if len(claims) > 1 else ""

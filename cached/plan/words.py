@@ -11,6 +11,7 @@ from cached.plan.state import Place, State
 STANDBY_WAIT_S = 15.0
 """How long a lease waits for a device whose standby is not connected."""
 ROOM_RETRY_S = 30.0
+OTHER_UID_RETRY_S = 5.0
 OF_OWNERS = ("UNCLAIMED_GPU", "CLAIMED_GPU")
 """Reasons of a refusal that holds for one pin, and may not for another of the same content."""
 
@@ -90,4 +91,16 @@ def not_pinned_problem(device: Device) -> Problem:
         "NOT_PINNED",
         f"it does not stand on {device}, and only pins load onto GPUs",
         f"pin it there (cachectl pin REF --on {device}), or acquire it on host or disk and prefer the GPU",
+    )
+
+
+def other_uid_problem(claim: Claim, uid: int) -> Problem:
+    """Without a word on who it is: replicas do not see each other."""
+    return Problem(
+        ErrorKind.UNAVAILABLE,
+        "HELD_BY_OTHER_UID",
+        f"{claim.ref} on {claim.device} is shared within one uid; this is uid {uid}, and another holds it",
+        "run replicas that are to share a GPU's copy as one uid, or acquire it from host or disk; 'cachectl "
+        "show' tells operators who holds it",
+        OTHER_UID_RETRY_S,
     )
